@@ -1,0 +1,190 @@
+"""What every config starts from, and how it is shrunk to a smoke run."""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def parse(argument, **defaults):
+  """Reads 'epochs=100,smoke' into a ConfigDict with the types of `defaults`.
+
+  A name alone is True. Unknown names are refused with the known ones.
+  """
+  values = ml_collections.ConfigDict(defaults | {'smoke': False})
+  for item in filter(None, (argument or '').split(',')):
+    name, _, value = item.partition('=')
+    if name not in values:
+      raise ValueError(
+        f'unknown argument {name!r} after the colon of --config; expected '
+        f'{", ".join(sorted(values.keys()))}.'
+      )
+    kind = type(values[name])
+    values[name] = kind(value) if kind is not bool else value in ('', 'True')
+  return values
+
+
+def base():
+  """Every field with its default; a config file sets what it needs."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.task = 'distill'  # or 'classify'
+  config.train_role = 'student'  # which network 'classify' trains
+  config.init = ''  # start from 'stage:NAME' or the work directory of a run
+  config.batch_size = 2048  # images in an update, over all devices
+  config.eval_batch_size = 2048
+  config.epochs = 300.0
+  config.steps = 0  # updates, instead of epochs
+  config.stages = ('distill',)  # names, in order
+  config.per_stage = {}  # name -> the fields that differ there
+
+  config.student = network('adventurer_base_patch16')
+  config.teacher = network('clip_base_patch16')
+  # 'stage:NAME', a work directory, a file, a folder, a hub id, 'random'; '' is
+  # the source in the table of teachers.
+  config.teacher.weights = ''
+
+  config.distill = distill()
+  config.classify = ml_collections.ConfigDict(
+    dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+  )
+  config.data = data()
+  config.optimizer = ml_collections.ConfigDict(
+    dict(
+      learning_rate=1.5e-3,
+      b1=0.9,
+      b2=0.98,
+      eps=1e-8,
+      weight_decay=0.05,
+      clip_norm=3.0,  # 0: no clipping
+      layer_decay=1.0,
+      ema_decay=0.0,  # 0: no average is kept
+    )
+  )
+  config.schedule = ml_collections.ConfigDict(
+    dict(warmup_epochs=10.0, final_lr=1e-5)
+  )
+  config.parallel = ml_collections.ConfigDict(
+    dict(fsdp=1, accumulate_steps=1)
+  )
+  config.checkpoint = ml_collections.ConfigDict(
+    dict(every_steps=1000, keep_last=2, best_metric='', best_mode='max')
+  )
+  config.log = ml_collections.ConfigDict(
+    dict(every_steps=50, eval_every_epochs=10.0)  # 0: at the end only
+  )
+  # Rows of the table at the end: {row: stages}, the best stage counts.
+  config.report = ml_collections.ConfigDict(
+    dict(metric='', rows={}, nearest_neighbour='', maps={})
+  )
+  return config
+
+
+def network(name):
+  """A model by name; fields that stay None are those of the name."""
+  number = config_dict.placeholder
+  return ml_collections.ConfigDict(
+    dict(
+      name=name,
+      dtype='bfloat16',
+      drop_path=0.0,
+      image_size=number(int),  # that the positions are made for
+      patch_size=number(int),
+      width=number(int),
+      depth=number(int),
+      num_heads=number(int),  # ViT
+      head_dim=number(int),  # Adventurer, from here on
+      state_dim=number(int),
+      flip_blocks=number(object),
+      heading_tokens=number(str),
+      chunk_size=number(int),
+      remat=number(str),
+      residual_dtype=number(str),
+      ssd_implementation=number(str),
+    )
+  )
+
+
+def distill():
+  """Losses of a distillation (docs of `steps.Distill`)."""
+  return ml_collections.ConfigDict(
+    dict(
+      mask_ratio=0.75,
+      num_stages=4,  # K
+      match_weight=1.0,
+      match_tokens='visible',  # 'all', 'class'
+      match_class=False,
+      map_center=False,
+      form='auto',  # 'pairwise', 'linear': the same value
+      mask_weight=1.0,  # lambda
+      mask_loss='smooth_l1',  # 'cosine', 'mse'
+      target='raw',  # 'normed', 'projected'
+      target_norm='layernorm',  # 'none'
+      feature_weight=0.0,
+      feature_stages='last',  # 'all'
+      logit_weight=0.0,
+      logit_temperature=1.0,
+      class_weight=0.0,
+    )
+  )
+
+
+def data():
+  """ImageNet with the paper's augmentation (`data.pipeline.DataConfig`)."""
+  optional = config_dict.placeholder
+  return ml_collections.ConfigDict(
+    dict(
+      name='imagenet2012',
+      data_dir=optional(str),
+      train_split=optional(str),
+      eval_split=optional(str),
+      image_size=224,
+      num_classes=10,  # 'generated' only, and num_examples
+      num_examples=256,
+      labels_per_class=optional(int),
+      labels_seed=0,
+      crop_scale=(0.2, 1.0),
+      crop_ratio=(3 / 4, 4 / 3),
+      flip=True,
+      shift_pixels=0,
+      rotate_degrees=0.0,
+      color_jitter=0.0,
+      shuffle=True,
+      eval_crop=0.875,
+      num_workers=8,
+      num_threads=2,
+    )
+  )
+
+
+def smoke(config):
+  """Shrinks any config to seconds: generated images, random teacher, tiny."""
+  config.data.name = 'generated'
+  config.data.num_examples = 32
+  patch = 8
+  config.data.image_size = 4 * patch
+  config.data.num_workers = 0
+  config.data.labels_per_class = None
+  config.data.data_dir = None
+  config.data.train_split = config.data.eval_split = None
+  config.batch_size = config.eval_batch_size = 8
+  config.steps = 3
+  config.schedule.warmup_epochs = 0.0
+  config.log.every_steps = 1
+  config.log.eval_every_epochs = 0.0
+  config.checkpoint.every_steps = 2
+  for role in ('student', 'teacher'):
+    section = config[role]
+    section.width, section.depth, section.patch_size = 64, 4, patch
+    section.image_size = 4 * patch
+  config.student.head_dim = config.student.state_dim = 16
+  config.teacher.num_heads = 4
+  if 'teacher' not in config.stages:
+    config.teacher.weights = 'random'
+  if not config.init.startswith('stage:'):
+    config.init = ''
+  for changes in config.per_stage.values():
+    for field in ('steps', 'epochs', 'batch_size', 'schedule', 'log'):
+      if field in changes:
+        del changes[field]
+    if 'labels_per_class' in changes.get('data', {}):
+      changes.data.labels_per_class = 1
+  return config

@@ -1,0 +1,369 @@
+"""Work directories: Orbax checkpoints, the resolved config, finished stages.
+
+    workdir/config.json              the resolved config
+    workdir/<stage>/checkpoints/     steps: the best and the last n
+    workdir/<stage>/result.json      there once the stage is finished
+
+A checkpoint holds the train state (parameters, optimizer, step, average) and
+the position in the data, never the teacher.
+"""
+
+import json
+import logging
+import os
+import pathlib
+
+from flax import traverse_util
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+STATE, DATA = 'state', 'data'
+# What may differ when a run goes on: it changes no number.
+FREE_TO_CHANGE = (
+  'log.',
+  'checkpoint.',
+  'data.num_workers',
+  'data.num_threads',
+  'data.data_dir',
+  'parallel.fsdp',
+)
+
+_log = logging.getLogger('linearizer_jax')
+
+
+def open_manager(directory, options):
+  """The Orbax manager of one stage.
+
+  Args:
+    directory: `<workdir>/<stage>/checkpoints`; made where it is missing.
+    options: `config.checkpoint` with `keep_last` (int), `best_metric` (name of
+      an evaluation metric, '' for none) and `best_mode` ('max' or 'min').
+
+  Returns:
+    A `CheckpointManager` that saves in the background and keeps the best step
+    and the last n.
+  """
+  policies = [checkpoint_managers.LatestN(options['keep_last'])]
+  best_fn = None
+  if options['best_metric']:
+
+    def best_fn(metrics):
+      return metrics[options['best_metric']]
+
+    policies.append(
+      checkpoint_managers.BestN(
+        get_metric_fn=best_fn,
+        reverse=options['best_mode'] == 'min',
+        n=1,
+        keep_checkpoints_without_metrics=False,
+      )
+    )
+  return ocp.CheckpointManager(
+    pathlib.Path(directory).absolute(),
+    options=ocp.CheckpointManagerOptions(
+      best_fn=best_fn,
+      best_mode=options['best_mode'],
+      preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+      cleanup_tmp_directories=True,
+    ),
+  )
+
+
+def save(manager, step, state, iterator, metrics=None):
+  """Saves in the background; a step that is there already is left alone."""
+  if step in manager.all_steps():
+    return
+  manager.save(
+    step,
+    args=ocp.args.Composite(**{
+      STATE: ocp.args.StandardSave(state),
+      DATA: grain.checkpoint.CheckpointSave(iterator),
+    }),
+    metrics=metrics,
+  )
+
+
+def restore(manager, step, shapes, iterator):
+  """Reads a train state back and sets the data iterator to its position.
+
+  Args:
+    manager: from `open_manager`.
+    step: one of `manager.all_steps()`.
+    shapes: the state as ShapeDtypeStructs with the shardings wanted.
+    iterator: grain iterator, changed in place.
+
+  Returns:
+    The state, placed as `shapes` says.
+  """
+  restored = manager.restore(
+    step,
+    args=ocp.args.Composite(**{
+      STATE: ocp.args.StandardRestore(shapes),
+      DATA: grain.checkpoint.CheckpointRestore(iterator),
+    }),
+  )
+  return restored[STATE]
+
+
+def load_params(source, *, stage=None, step=None, role=None, ema=True):
+  """Parameters of a stage of a work directory, as NumPy arrays.
+
+  Args:
+    source: a work directory.
+    stage: name of a stage; the last finished one when None, else the last one
+      that has a checkpoint.
+    step: a saved step; the best when one was tracked, else the newest.
+    role: 'student' or 'teacher'; whichever was trained when None.
+    ema: the average instead of the raw weights, where one was kept.
+
+  Returns:
+    (params, info): the parameters of `role`, and {'stage', 'step', 'config'}
+    with the stage's resolved config as a dict.
+
+  Raises:
+    ValueError: no such directory, stage, step or role, naming those there are.
+  """
+  config = read_config(source)
+  stage = stage or _last_stage(source, config)
+  directory = stage_dir(source, stage) / 'checkpoints'
+  if not directory.is_dir():
+    have = [s for s in config['stages'] if stage_dir(source, s).is_dir()]
+    raise ValueError(
+      f'{source} holds no checkpoint of a stage {stage!r}; it has those of '
+      f'{have or "no stage"}.'
+    )
+  config = resolve_stage(config, stage)
+  manager = open_manager(directory, config['checkpoint'])
+  steps = manager.all_steps()
+  step = step or manager.best_step() or manager.latest_step()
+  manager.close()
+  if step not in steps:
+    raise ValueError(
+      f'{directory} has no step {step}; saved steps: {sorted(steps)}.'
+    )
+  path = directory / str(step) / STATE
+  # The tree on disk decides: what is restored need not be what trains now.
+  with ocp.PyTreeCheckpointer() as reader:
+    tree = _tree_metadata(reader, path)
+    key = 'ema' if ema and tree.get('ema') else 'params'
+    roles = [name for name in ('student', 'teacher') if name in tree[key]]
+    if role not in (None, *roles):
+      raise ValueError(
+        f'stage {stage!r} of {source} trained the {roles[0]}, not the {role}.'
+      )
+    role = role or roles[0]
+    item = {key: {role: tree[key][role]}}
+    numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+    params = reader.restore(
+      path,
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=jax.tree.map(lambda _: numpy, item),
+        partial_restore=True,
+      ),
+    )
+  info = {'stage': stage, 'step': step, 'config': config}
+  return params[key][role], info
+
+
+def improvement(manager, options, metrics):
+  """`metrics` if they are the best so far by the tracked metric, else None."""
+  name = options['best_metric']
+  if not name:
+    return None
+  if name not in metrics:
+    raise ValueError(
+      f'config.checkpoint.best_metric is {name!r}; evaluation gives '
+      f'{sorted(metrics)}.'
+    )
+  best = manager.best_step()
+  before = None if best is None else manager.metrics(best)
+  if before is None:
+    return metrics
+  better = metrics[name] - before[name]
+  better = -better if options['best_mode'] == 'min' else better
+  return metrics if better > 0 else None
+
+
+def merge_params(target, loaded, source, may_lack=('head',)):
+  """Loaded parameters completed by fresh ones, where that is meant to be.
+
+  Args:
+    target: parameter tree of the network that will run: arrays, or shapes
+      where nothing may be lacking.
+    loaded: parameter tree from elsewhere.
+    source: where from, for the error.
+    may_lack: top-level names taken from `target` where `loaded` lacks them or
+      holds another shape. A head and a mask token left over are dropped.
+
+  Returns:
+    A tree like `target`.
+
+  Raises:
+    ValueError: other differences, all of them by name.
+  """
+  target, found = _flatten(target), _flatten(loaded)
+  merged, missing, wrong = {}, [], []
+  for name, leaf in target.items():
+    fits = name in found and np.shape(found[name]) == leaf.shape
+    if fits:
+      merged[name] = found[name]
+    elif name.split('/')[0] in may_lack:
+      merged[name] = leaf
+      _log.info('%s has no fitting %s: it starts fresh', source, name)
+    elif name in found:
+      wrong.append(f'{name} {np.shape(found[name])}, expected {leaf.shape}')
+    else:
+      missing.append(name)
+  extra = [
+    name
+    for name in found.keys() - target.keys()
+    if name.split('/')[0] not in ('head', 'mask_token')
+  ]
+  if missing or extra or wrong:
+    raise ValueError(
+      f'{source} does not fit the model. Missing: {sorted(missing) or "none"}; '
+      f'extra: {sorted(extra) or "none"}; of another shape: {wrong or "none"}. '
+      'Choose the model these weights were made for (config.student, '
+      'config.teacher) or other weights.'
+    )
+  return traverse_util.unflatten_dict(merged, sep='/')
+
+
+def _tree_metadata(reader, path):
+  metadata = reader.metadata(path)
+  return getattr(metadata, 'item_metadata', metadata).tree
+
+
+def _last_stage(source, config):
+  """The last finished stage, else the last with a checkpoint."""
+  names = list(config['stages'])
+  for marker in ('result.json', 'checkpoints'):
+    for name in reversed(names):
+      if (stage_dir(source, name) / marker).exists():
+        return name
+  return names[-1]
+
+
+def stage_dir(workdir, stage):
+  return pathlib.Path(workdir) / stage
+
+
+def resolve_stage(config, stage):
+  """The config dict of one stage: the run's, with the stage's own fields.
+
+  Args:
+    config: the run's config as a dict: `stages` lists the names in order,
+      `per_stage` maps a name to the fields that differ there.
+    stage: a name in `stages`.
+
+  Returns:
+    A dict without those two, with `stage` set to the name.
+
+  Raises:
+    ValueError: no such stage, or a field that the config does not have.
+  """
+  if stage not in config['stages']:
+    raise ValueError(
+      f'there is no stage {stage!r}; the config has {list(config["stages"])}.'
+    )
+  resolved = _merge(
+    {k: v for k, v in config.items() if k not in ('stages', 'per_stage')},
+    config['per_stage'].get(stage, {}),
+    f'per_stage.{stage}',
+  )
+  return resolved | {'stage': stage}
+
+
+def _merge(base, changes, where):
+  merged = dict(base)
+  for key, value in changes.items():
+    if key not in base:
+      raise ValueError(
+        f'config.{where}.{key} is not a field; expected one of {sorted(base)}.'
+      )
+    if isinstance(base[key], dict):
+      value = _merge(base[key], value, f'{where}.{key}')
+    merged[key] = value
+  return merged
+
+
+def write_json(path, value):
+  """Writes JSON so that the file is either whole or the old one."""
+  path = pathlib.Path(path)
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(json.dumps(value, indent=2) + '\n')
+  os.replace(partial, path)
+
+
+def read_json(path):
+  return json.loads(pathlib.Path(path).read_text())
+
+
+def read_config(workdir):
+  """The resolved config of a work directory, as a dict.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.is_file():
+    raise ValueError(
+      f'{workdir} is no work directory: it has no config.json. Give the folder '
+      'that was --workdir of a run.'
+    )
+  return read_json(path)
+
+
+def claim_workdir(workdir, config):
+  """Writes config.json, or checks that the run there is this one.
+
+  Args:
+    workdir: created where it is missing.
+    config: the resolved config, a dict of JSON values.
+
+  Raises:
+    ValueError: the directory holds a run whose config differs in more than
+      logging, workers, data location, sharding or checkpoint cadence.
+  """
+  workdir = pathlib.Path(workdir)
+  config = json.loads(json.dumps(config))  # tuples become lists, as on disk
+  if (workdir / 'config.json').is_file():
+    old, new = (_flatten(c, '.') for c in (read_config(workdir), config))
+    missing = object()
+    differing = sorted(
+      name
+      for name in old.keys() | new.keys()
+      if old.get(name, missing) != new.get(name, missing)
+      and not _free_to_change(name)
+    )
+    if differing:
+      rows = '; '.join(
+        f'config.{name} was {old.get(name, "not there")!r}, is '
+        f'{new.get(name, "not there")!r}'
+        for name in differing
+      )
+      raise ValueError(
+        f'{workdir} holds a run with another config: {rows}. Give another '
+        '--workdir, or set these fields back.'
+      )
+  workdir.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    write_json(workdir / 'config.json', config)
+
+
+def _flatten(tree, sep='/'):
+  """{'a/b': leaf} of nested dicts; an empty dict is a leaf."""
+  return traverse_util.flatten_dict(tree, keep_empty_nodes=True, sep=sep)
+
+
+def _free_to_change(name):
+  """Whether a dotted field, a stage's own too, may differ on resuming."""
+  if name.startswith('per_stage.'):
+    name = name.split('.', 2)[-1]
+  return name.startswith(FREE_TO_CHANGE)
+
+

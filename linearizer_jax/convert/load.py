@@ -1,0 +1,313 @@
+"""Reads weights that others published, and never runs what is in the file.
+
+safetensors is data. Files of torch go through `torch.load(weights_only=True)`,
+TorchScript archives through `convert/torchscript.py`.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import pathlib
+import pickle
+import re
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import safetensors
+from huggingface_hub import errors as hub_errors
+
+from linearizer_jax.convert import FAMILIES, tables
+from linearizer_jax.convert.torchscript import is_torchscript, read_torchscript
+from linearizer_jax.models import create_model
+from linearizer_jax.models.layers import as_pair
+from linearizer_jax.models.teachers import TEACHERS
+
+# Names of a checkpoint in a folder or on the hub, best first.
+WEIGHT_FILES = (
+  'model.safetensors',
+  'open_clip_model.safetensors',
+  'pytorch_model.bin',
+  'open_clip_pytorch_model.bin',
+)
+CONFIG_FILES = ('config.json', 'open_clip_config.json')
+TORCH_SUFFIXES = ('.pt', '.pth', '.bin')
+
+# Their name of an activation -> ours.
+ACTIVATIONS = {
+  'quick_gelu': 'quick_gelu',
+  'gelu': 'gelu',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+}
+
+
+def load_teacher(name, weights=None, *, key=None, **overrides):
+  """A teacher with its weights and preprocessing.
+
+  Args:
+    name: a row of `models.teachers.TEACHERS`.
+    weights: a file, a folder or a hub repository (see `find_weights`), None for
+      the repository of the row, or 'random' for initialised parameters.
+    key: of the random parameters.
+    **overrides: fields of the model, such as dtype='bfloat16'.
+
+  Returns:
+    (model, variables, row): the linen Module; {'params': ...} as numpy arrays
+    on the host, or jax arrays for 'random'; and the row, which has mean, std
+    and image_size. The activation is the one that a config file beside the
+    weights names, where there is one.
+
+  Raises:
+    ValueError: unknown name, no weights to be had, or weights that do not fit.
+    FileNotFoundError: no such file, or no network.
+  """
+  if name not in TEACHERS:
+    raise ValueError(
+      f'there is no teacher {name!r}; config.teacher.name can be one of '
+      f'{", ".join(TEACHERS)}.'
+    )
+  row = TEACHERS[name]
+  if weights == 'random':
+    model = create_model(row.model, **overrides)
+    images = jnp.zeros((1, *as_pair(model.image_size), 3))
+    return model, jax.jit(model.init)(key, images), row
+  if row.family is None:
+    raise ValueError(
+      f'teacher {name} has no published weights. Set config.teacher.weights to '
+      "a checkpoint of this project, or to 'random'."
+    )
+  path = find_weights(weights or row.source)
+  check_archive_sha256(path, row.archive)
+  model = create_model(row.model, **{**published_fields(path), **overrides})
+  images = jax.ShapeDtypeStruct((1, *as_pair(model.image_size), 3), jnp.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+  return model, {'params': load_weights(path, row.family, shapes)}, row
+
+
+def load_weights(source, family, shapes):
+  """Published weights as parameters of one of our models.
+
+  Args:
+    source: see `find_weights`.
+    family: a key of FAMILIES.
+    shapes: parameter tree of the model, of anything with shape and dtype.
+
+  Returns:
+    Nested dict of numpy arrays.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: unreadable, or not the weights of this model; the text names
+      what is missing, what is extra and what has another shape.
+  """
+  path = find_weights(source)
+  return tables.from_state_dict(
+    FAMILIES[family], read_tensors(path), shapes, path
+  )
+
+
+def find_weights(source):
+  """The file of weights behind a name.
+
+  Args:
+    source: a safetensors or torch file; a folder that holds one under its usual
+      name; or 'owner/repository' of the Hugging Face hub, which is looked up
+      in the local cache where there is no network.
+
+  Returns:
+    pathlib.Path of an existing file.
+
+  Raises:
+    FileNotFoundError: nothing there; says what to download and what to set.
+    ValueError: a download that is not what the hub has.
+  """
+  path = pathlib.Path(source).expanduser()
+  if path.is_file():
+    return path
+  if path.is_dir():
+    for name in WEIGHT_FILES:
+      if (path / name).is_file():
+        return path / name
+    raise FileNotFoundError(
+      f'{path} holds none of {", ".join(WEIGHT_FILES)}. Set '
+      'config.teacher.weights to the file itself.'
+    )
+  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)) or path.suffix in (
+    *TORCH_SUFFIXES,
+    '.safetensors',
+  ):
+    raise FileNotFoundError(
+      f'there is no weights file {path}. Set config.teacher.weights to a '
+      'safetensors or torch file, a folder with one, or a repository of the '
+      'Hugging Face hub.'
+    )
+  return download(str(source))
+
+
+def download(repository):
+  """The weights file of a hub repository, its config beside it in the cache.
+
+  The hub's client resumes what was cut off; `check_hub_sha256` refuses what is
+  damaged.
+  """
+  offline = None
+  for name in WEIGHT_FILES:
+    try:
+      path = _hub_file(repository, name, offline)
+    except hub_errors.LocalEntryNotFoundError as error:
+      offline = error  # the other names may be in the cache
+    except hub_errors.EntryNotFoundError:
+      continue
+    except hub_errors.RepositoryNotFoundError as error:
+      raise FileNotFoundError(
+        f'{repository} is neither a local path nor a repository of the Hugging '
+        'Face hub. Correct config.teacher.weights.'
+      ) from error
+    else:
+      check_hub_sha256(path)
+      for config in CONFIG_FILES:
+        with contextlib.suppress(hub_errors.EntryNotFoundError):
+          _hub_file(repository, config, offline)
+      return path
+  if offline:
+    raise FileNotFoundError(
+      f'{repository} is neither a local path nor in the local cache, and the '
+      'Hugging Face hub cannot be reached. Where there is network, download '
+      f'https://huggingface.co/{repository}/resolve/main/{WEIGHT_FILES[0]} '
+      '(pytorch_model.bin in some repositories) and set '
+      'config.teacher.weights to that file.'
+    ) from offline
+  raise FileNotFoundError(
+    f'{repository} on the Hugging Face hub holds none of '
+    f'{", ".join(WEIGHT_FILES)}. Set config.teacher.weights to a local file.'
+  )
+
+
+def _hub_file(repository, name, offline):
+  """One file of a repository; after a failed try from the cache alone."""
+  return pathlib.Path(
+    huggingface_hub.hf_hub_download(
+      repository, name, local_files_only=offline is not None
+    )
+  )
+
+
+def check_hub_sha256(path):
+  """Refuses a cached file that differs from what the hub published.
+
+  The cache names a large file after the SHA-256 that the hub gives for it.
+  """
+  published = path.resolve().name
+  if re.fullmatch('[0-9a-f]{64}', published):
+    _check_sha256(path, published)
+
+
+def check_archive_sha256(path, archive):
+  """Refuses a file that has an archive's name, but not its published sum."""
+  if archive and path.name == archive.rpartition('/')[-1]:
+    _check_sha256(path, archive.split('/')[-2])
+
+
+def _check_sha256(path, published):
+  with open(path, 'rb') as f:
+    found = hashlib.file_digest(f, 'sha256').hexdigest()
+  if found != published:
+    raise ValueError(
+      f'{path} is damaged: its SHA-256 is {found}, the published one is '
+      f'{published}. Delete the file and download it again.'
+    )
+
+
+def published_fields(path):
+  """Model fields that a config file beside the weights settles.
+
+  The same tensors mean another network with another activation, so it comes
+  with the weights.
+
+  Args:
+    path: the weights file.
+
+  Returns:
+    {'activation': ...} or {}.
+
+  Raises:
+    ValueError: an activation that ViT does not have.
+  """
+  for name in CONFIG_FILES:
+    file = path.parent / name
+    if not file.is_file():
+      continue
+    config = json.loads(file.read_text(encoding='utf-8'))
+    if 'model_cfg' in config:  # OpenCLIP
+      quick = config['model_cfg'].get('quick_gelu', False)
+      return {'activation': 'quick_gelu' if quick else 'gelu'}
+    activation = config.get('vision_config', config).get('hidden_act')
+    if activation is None:
+      continue
+    if activation not in ACTIVATIONS:
+      raise ValueError(
+        f'{file} asks for activation {activation!r}; known are '
+        f'{", ".join(ACTIVATIONS)}.'
+      )
+    return {'activation': ACTIVATIONS[activation]}
+  return {}
+
+
+def read_tensors(path):
+  """{name: array} of a safetensors or torch file, which is never executed.
+
+  Args:
+    path: a file that ends in .safetensors, .pt, .pth or .bin. A torch file may
+      hold the tensors themselves or a dict with 'state_dict' or 'model'.
+
+  Raises:
+    ValueError: another kind of file, a truncated one, or one with code in it.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == '.safetensors':
+    return _read_safetensors(path)
+  if path.suffix not in TORCH_SUFFIXES:
+    raise ValueError(
+      f'{path} is no kind of weights file that is known here: '
+      f'.safetensors, {", ".join(TORCH_SUFFIXES)}.'
+    )
+  return read_torchscript(path) if is_torchscript(path) else _read_torch(path)
+
+
+def _read_safetensors(path):
+  try:
+    with safetensors.safe_open(path, framework='numpy') as f:
+      return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f'{path} is damaged, truncated or no safetensors file ({error}). '
+      'Download it again.'
+    ) from error
+
+
+def _read_torch(path):
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f'{path} is a torch file: install the extra [torch], or convert the file '
+      'to safetensors where torch is installed.'
+    ) from error
+  try:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      tensors = torch.load(path, map_location='cpu', weights_only=True)
+  except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+    raise ValueError(
+      f'{path} is damaged, truncated, or holds more than tensors, which is '
+      f'never unpickled here ({str(error).splitlines()[0]}).'
+    ) from error
+  if not isinstance(tensors, dict):
+    raise ValueError(f'{path} holds a {type(tensors).__name__}, not a dict.')
+  for wrapper in ('state_dict', 'model'):
+    tensors = tensors.get(wrapper, tensors)
+  return {
+    name.removeprefix('module.'): x.float().numpy()
+    for name, x in tensors.items()
+    if isinstance(x, torch.Tensor)
+  }

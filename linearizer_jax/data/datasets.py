@@ -1,0 +1,301 @@
+"""The table of data sets, and one random-access source for each kind.
+
+A source has `len()`, `num_classes`, `labels()` (int64 (len,), without decoding
+an image) and `source[i]`, a dict of
+
+    image   encoded JPEG or PNG bytes, or uint8 (h, w, 3)
+    label   int in [0, num_classes)
+    name    where the image comes from, for error messages
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
+# A fifth of the digits, drawn once and for all: no seed of a run changes it.
+_DIGITS_TEST_SHARE = 0.2
+_DIGITS_SPLIT_SEED = 0
+
+
+class Folder:
+  """JPEG and PNG files in `root/split/class/`; classes in sorted order."""
+
+  def __init__(self, root, split, classes):
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+      files = sorted(
+        path.name
+        for path in (root / split / name).iterdir()
+        if path.suffix.lower() in _IMAGE_SUFFIXES and path.name[0] != '.'
+      )
+      if not files:
+        raise ValueError(
+          f'Class folder {root / split / name} holds no file that ends in '
+          f'{", ".join(_IMAGE_SUFFIXES)}. Put images of this class there, or '
+          'remove the folder from both splits.'
+        )
+      paths += [os.fsencode(f'{name}/{file}') for file in files]
+      labels += [label] * len(files)
+    # Arrays, because a million strings are slow to send to every worker.
+    self._root, self._paths = root / split, np.asarray(paths)
+    self._labels = np.asarray(labels, np.int64)
+    self.num_classes = len(classes)
+
+  def __len__(self):
+    return len(self._paths)
+
+  def __getitem__(self, index):
+    path = self._root / os.fsdecode(self._paths[index])
+    return {
+      'image': path.read_bytes(),
+      'label': int(self._labels[index]),
+      'name': str(path),
+    }
+
+  def labels(self):
+    return self._labels
+
+
+class Memory:
+  """Images held as one uint8 array (n, h, w, 3)."""
+
+  def __init__(self, images, labels, num_classes, name):
+    self._images, self._labels, self._name = images, labels, name
+    self.num_classes = num_classes
+
+  def __len__(self):
+    return len(self._images)
+
+  def __getitem__(self, index):
+    return {
+      'image': self._images[index],
+      'label': int(self._labels[index]),
+      'name': f'{self._name}[{index}]',
+    }
+
+  def labels(self):
+    return np.asarray(self._labels, np.int64)
+
+
+class Generated:
+  """Coloured gratings, one direction and colour per class, and noise."""
+
+  def __init__(self, count, num_classes, image_size, offset):
+    self._count, self._size, self._offset = count, image_size, offset
+    self.num_classes = num_classes
+
+  def __len__(self):
+    return self._count
+
+  def __getitem__(self, index):
+    rng = np.random.default_rng(self._offset + index)
+    height, width = self._size
+    turn = index % self.num_classes / self.num_classes
+    rows, columns = np.ogrid[:height, :width]
+    along = np.cos(np.pi * turn) * rows + np.sin(np.pi * turn) * columns
+    wave = np.sin(2 * np.pi * (4 * along / max(height, width) + rng.random()))
+    colour = 1 + np.cos(2 * np.pi * (turn + np.arange(3) / 3))
+    noise = rng.integers(-20, 21, (height, width, 1))
+    image = np.clip(128 + 50 * colour * wave[..., None] + noise, 0, 255)
+    return {
+      'image': image.astype(np.uint8),
+      'label': index % self.num_classes,
+      'name': f'generated[{index}]',
+    }
+
+  def labels(self):
+    return np.arange(self._count) % self.num_classes
+
+
+class Tfds:
+  """A split that TFDS prepared as ArrayRecord; images stay encoded."""
+
+  def __init__(self, name, split, data_dir):
+    import tensorflow_datasets as tfds
+
+    try:
+      self._records = tfds.data_source(
+        name,
+        split=split,
+        data_dir=data_dir,
+        download=False,
+        decoders={'image': tfds.decode.SkipDecoding()},
+      )
+    except (NotImplementedError, ValueError, OSError) as error:
+      where = data_dir or 'the default folder of TFDS'
+      option = f' --data_dir={data_dir}' if data_dir else ''
+      reason = str(error).partition('\n')[0]
+      raise ValueError(
+        f'Cannot read split {split!r} of {name!r} in {where} ({reason}). '
+        'Nothing is downloaded here: prepare it once with `tfds build '
+        f'{name} --file_format=array_record{option}` (this step alone may ask '
+        'for tensorflow), or point the config field data.data_dir to where '
+        'it is.'
+      ) from error
+    self._arguments = name, split, data_dir
+    self.num_classes = self._records.dataset_info.features['label'].num_classes
+
+  def __len__(self):
+    return len(self._records)
+
+  def __getitem__(self, index):
+    record = self._records[index]
+    name, split, _ = self._arguments
+    file = os.fsdecode(record.get('file_name', ''))
+    return {
+      'image': record['image'],
+      'label': int(record['label']),
+      'name': f'{name} {split}[{index}] {file}'.strip(),
+    }
+
+  def __reduce__(self):
+    # A worker opens the files itself instead of receiving TFDS' builder.
+    return Tfds, self._arguments
+
+  def labels(self):
+    # One pass over the records: they hold the label beside the image.
+    return np.asarray([record['label'] for record in self._records], np.int64)
+
+
+class Subset:
+  """The examples `indices` of another source."""
+
+  def __init__(self, source, indices):
+    self._source, self._indices = source, indices
+    self.num_classes = source.num_classes
+
+  def __len__(self):
+    return len(self._indices)
+
+  def __getitem__(self, index):
+    return self._source[int(self._indices[index])]
+
+  def labels(self):
+    return self._source.labels()[self._indices]
+
+
+def labels_per_class(source, count, seed):
+  """Keeps `count` random examples of each class, the same ones for a seed."""
+  labels = source.labels()
+  order = np.random.default_rng(seed).permutation(len(labels))
+  kept = []
+  for label in range(source.num_classes):
+    members = order[labels[order] == label][:count]
+    if len(members) < count:
+      raise ValueError(
+        f'data.labels_per_class is {count}, but class {label} has only '
+        f'{len(members)} training examples: lower it.'
+      )
+    kept.append(members)
+  return Subset(source, np.sort(np.concatenate(kept)))
+
+
+def _folder_classes(config):
+  """Class names of an image folder; both splits must have the same ones."""
+  layout = (
+    f'expected <data_dir>/{config.train_split}/<class>/*.jpg and '
+    f'<data_dir>/{config.eval_split}/<class>/*.jpg; set the config fields '
+    'data.data_dir, data.train_split and data.eval_split.'
+  )
+  if not config.data_dir:
+    raise ValueError(f'data.data_dir is empty: {layout}')
+  classes = []
+  for split in (config.train_split, config.eval_split):
+    folder = pathlib.Path(config.data_dir).expanduser() / split
+    if not folder.is_dir():
+      raise ValueError(f'There is no folder {folder}: {layout}')
+    names = {
+      path.name
+      for path in folder.iterdir()
+      if path.is_dir() and path.name[0] != '.'
+    }
+    if not names:
+      raise ValueError(f'{folder} has no class folders: {layout}')
+    classes.append(names)
+  only_train = sorted(classes[0] - classes[1])
+  only_eval = sorted(classes[1] - classes[0])
+  if only_train or only_eval:
+    raise ValueError(
+      f'Class folders differ in {config.data_dir}: only in '
+      f'{config.train_split}: {only_train}; only in {config.eval_split}: '
+      f'{only_eval}. Labels are places in the sorted list of class folders, so '
+      'both splits need the same ones.'
+    )
+  return sorted(classes[0])
+
+
+def _folder(row, config, split):
+  root = pathlib.Path(config.data_dir or '').expanduser()
+  return Folder(root, split, _folder_classes(config))
+
+
+def _tfds(row, config, split):
+  return Tfds(row.tfds_name, split, config.data_dir)
+
+
+def _is_train(row, split):
+  if split not in (row.train_split, row.eval_split):
+    raise ValueError(
+      f'Split {split!r} is neither {row.train_split!r} nor '
+      f'{row.eval_split!r}: change data.train_split or data.eval_split.'
+    )
+  return split == row.train_split
+
+
+def _digits(row, config, split):
+  """8x8 greys of scikit-learn, enlarged to the image size, RGB."""
+  from sklearn.datasets import load_digits
+
+  digits = load_digits()
+  rng = np.random.default_rng(_DIGITS_SPLIT_SEED)
+  test = np.zeros(len(digits.target), bool)
+  for label in range(row.num_classes):
+    members = rng.permutation(np.flatnonzero(digits.target == label))
+    test[members[: round(_DIGITS_TEST_SHARE * len(members))]] = True
+  chosen = ~test if _is_train(row, split) else test
+  height, width = config.image_size
+  grey = np.round(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+  large = [
+    Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    for image in grey
+  ]
+  images = np.stack([np.asarray(image.convert('RGB')) for image in large])
+  return Memory(images, digits.target[chosen], row.num_classes, 'digits')
+
+
+def _generated(row, config, split):
+  offset = 0 if _is_train(row, split) else config.num_examples
+  return Generated(
+    config.num_examples, config.num_classes, config.image_size, offset
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A row of the table; None means: known once the data are opened."""
+
+  load: Callable[..., Any]  # (row, config, split) -> source
+  train_split: str
+  eval_split: str
+  num_classes: int | None = None
+  num_train_examples: int | None = None
+  tfds_name: str | None = None
+
+
+DATASETS = {
+  'imagenet2012': Dataset(
+    _tfds, 'train', 'validation', 1000, 1281167, 'imagenet2012'
+  ),
+  'imagenette': Dataset(
+    _tfds, 'train', 'validation', 10, 9469, 'imagenette/full-size-v2'
+  ),
+  'folder': Dataset(_folder, 'train', 'val'),
+  'digits': Dataset(_digits, 'train', 'test', 10, 1438),
+  'generated': Dataset(_generated, 'train', 'test'),
+}

@@ -1,0 +1,307 @@
+"""From a `data` section of a config to batches of uint8 images.
+
+Position p of the endless training stream shows example
+`order(seed, p // n)[p % n]`, augmented with a generator made of (seed, p). Step
+t of a run with global batch B is positions t B to (t + 1) B - 1, in order, of
+which each process takes its contiguous share. So a batch depends on the
+config, the seed, the step and the process, not on workers or on what
+was run before, and a position in the data is one integer.
+"""
+
+import dataclasses
+import difflib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+import grain
+import numpy as np
+
+from linearizer_jax.data import datasets, transforms
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """The fields of a config's `data` section, with their defaults."""
+
+  name: str = 'digits'  # row of datasets.DATASETS
+  data_dir: str | None = None  # folder: the root; TFDS: its data_dir
+  train_split: str | None = None  # None: the row's; TFDS slices are fine
+  eval_split: str | None = None
+  image_size: int | tuple[int, int] = 224  # side, or (height, width)
+
+  # Only for 'generated'.
+  num_classes: int = 10
+  num_examples: int = 256
+
+  # Label budget: train on n random examples per class (None: on all).
+  labels_per_class: int | None = None
+  labels_seed: int = 0
+
+  # Augmentation, in this order. None, False and 0 turn a step off.
+  crop_scale: tuple[float, float] | None = None  # share of the area
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
+  flip: bool = False
+  shift_pixels: int = 0
+  rotate_degrees: float = 0.0
+  color_jitter: float = 0.0  # brightness, contrast, saturation
+  randaugment_ops: int = 0
+  randaugment_magnitude: float = 9.0  # of 10
+  randaugment_std: float = 0.5
+  shuffle: bool = True
+
+  # Evaluation: the central share (per side) of the image.
+  eval_crop: float = 0.875
+
+  # Neither changes a batch.
+  num_workers: int = 0  # processes; 0: threads of this process
+  num_threads: int = 1  # threads, when there are no worker processes
+
+  def __post_init__(self):
+    size = self.image_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    object.__setattr__(self, 'image_size', size)
+    row = _row(self.name)
+    for split in ('train_split', 'eval_split'):
+      value = getattr(self, split) or getattr(row, split)
+      object.__setattr__(self, split, value)
+    if (
+      self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
+    ):
+      raise ValueError(
+        f'data.crop_scale is {self.crop_scale}, expected (least, most) with '
+        '0 < least <= most <= 1, or None.'
+      )
+    if not 0 < self.eval_crop <= 1:
+      raise ValueError(f'data.eval_crop is {self.eval_crop}, expected (0, 1].')
+
+
+def num_classes(data_config):
+  """Number of classes; opens the data where the table does not know it."""
+  config = _parse(data_config)
+  return (
+    _row(config.name).num_classes
+    or _source(config, config.eval_split).num_classes
+  )
+
+
+def num_train_examples(data_config):
+  """Training examples per epoch; opens the data only where it must."""
+  config = _parse(data_config)
+  row = _row(config.name)
+  if row.num_train_examples and config.train_split == row.train_split:
+    if config.labels_per_class is None:
+      return row.num_train_examples
+    return config.labels_per_class * row.num_classes
+  return len(_source(config, config.train_split))
+
+
+def make_train_iterator(
+  data_config, *, batch_size, seed, process_index=0, process_count=1
+):
+  """Endless shuffled and augmented batches, this process's share of each.
+
+  Args:
+    data_config: mapping with fields of `DataConfig`.
+    batch_size: global batch size, a multiple of `process_count`.
+    seed: int >= 0; decides order and augmentation.
+    process_index: int in [0, process_count).
+    process_count: number of processes that train together.
+
+  Returns:
+    A `TrainIterator` over dicts of `image` uint8 (b, H, W, 3) and `label` int32
+    (b,) with b = batch_size / process_count. Close it to end its workers.
+
+  Raises:
+    ValueError: a field is unknown or out of range, the data are not there, or
+      (from `next`) an image cannot be decoded.
+  """
+  config = _parse(data_config)
+  share = _share(batch_size, process_index, process_count)
+  source = _source(config, config.train_split)
+  return TrainIterator(
+    config, functools.partial(_train_batch, source, config, seed, *share)
+  )
+
+
+class TrainIterator(grain.DatasetIterator):
+  """Iterates over steps; its state is the number of steps handed out.
+
+  The state is valid for any number of workers and of processes.
+  `grain.checkpoint.CheckpointSave(iterator)` saves it.
+  """
+
+  def __init__(self, config, batch_of_step):
+    super().__init__()
+    self._config, self._batch_of_step = config, batch_of_step
+    self._step = 0
+    self._batches = None
+
+  def __next__(self):
+    self._assert_not_closed()
+    self.start_prefetch()
+    batch = next(self._batches)
+    self._step += 1
+    return batch
+
+  def start_prefetch(self):
+    if self._batches is None:
+      steps = grain.MapDataset.range(self._step, sys.maxsize)
+      self._batches = iter(
+        _prefetch(self._config, steps.map(self._batch_of_step))
+      )
+      self._batches.start_prefetch()
+
+  def get_state(self):
+    return {'step': self._step}
+
+  def set_state(self, state):
+    self._stop()
+    self._step = state['step']
+
+  def close(self):
+    self._stop()
+    super().close()
+
+  def _stop(self):
+    if self._batches is not None:
+      self._batches.close()
+      self._batches = None
+
+
+def make_eval_batches(
+  data_config, *, batch_size, split=None, process_index=0, process_count=1
+):
+  """Every example of a split once, in a fixed order, without augmentation.
+
+  Args:
+    data_config: mapping with fields of `DataConfig`.
+    batch_size: global batch size, a multiple of `process_count`.
+    split: name of the split; None is `eval_split`. The label budget holds for
+      `train_split` here too.
+    process_index: int in [0, process_count).
+    process_count: number of processes that evaluate together.
+
+  Returns:
+    A grain dataset, to be iterated over as often as needed, of dicts of `image`
+    uint8 (b, H, W, 3), `label` int32 (b,) and `valid` bool (b,), which is False
+    (image and label 0) where the last batch is filled up. Each process gets
+    the same number of batches.
+
+  Raises:
+    ValueError: as `make_train_iterator`.
+  """
+  config = _parse(data_config)
+  share = _share(batch_size, process_index, process_count)
+  source = _source(config, split or config.eval_split)
+  steps = grain.MapDataset.range(-(-len(source) // batch_size))
+  return _prefetch(
+    config, steps.map(functools.partial(_eval_batch, source, config, *share))
+  )
+
+
+def _train_batch(source, config, seed, batch_size, start, stop, step):
+  examples = []
+  for position in range(step * batch_size + start, step * batch_size + stop):
+    epoch, index = divmod(position, len(source))
+    if config.shuffle:
+      index = _epoch_order(len(source), seed, epoch)[index]
+    example = source[int(index)]
+    rng = np.random.default_rng((seed, 0, position))
+    examples.append(
+      (transforms.train_image(example, config, rng), example['label'])
+    )
+  images, labels = zip(*examples, strict=True)
+  return {'image': np.stack(images), 'label': np.asarray(labels, np.int32)}
+
+
+def _eval_batch(source, config, batch_size, start, stop, step):
+  images = np.zeros((stop - start, *config.image_size, 3), np.uint8)
+  labels = np.zeros(stop - start, np.int32)
+  valid = np.zeros(stop - start, bool)
+  for i in range(stop - start):
+    position = step * batch_size + start + i
+    if position < len(source):
+      example = source[position]
+      images[i] = transforms.eval_image(example, config)
+      labels[i], valid[i] = example['label'], True
+  return {'image': images, 'label': labels, 'valid': valid}
+
+
+# A batch may reach into the next epoch, hence two.
+@functools.lru_cache(maxsize=2)
+def _epoch_order(count, seed, epoch):
+  return np.random.default_rng((seed, 1, epoch)).permutation(count)
+
+
+def _prefetch(config, batches):
+  """Computes batches ahead of time, in order, in threads or processes."""
+  if not config.num_workers:
+    read = grain.ReadOptions(config.num_threads, 2 * config.num_threads)
+    return batches.to_iter_dataset(read)
+  from absl import flags
+
+  # grain hands absl's flags to its workers; only absl.app.run parses them.
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+  return batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(
+    grain.MultiprocessingOptions(config.num_workers, per_worker_buffer_size=2),
+    worker_init_fn=_live_and_die_with_parent,
+  )
+
+
+def _live_and_die_with_parent(worker_index, worker_count):
+  """Leaves signals to the parent; ends when the parent is gone, even killed."""
+  del worker_index, worker_count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+  def wait():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def _share(batch_size, process_index, process_count):
+  """(batch_size, start, stop): the rows of a global batch that are ours."""
+  if batch_size % process_count or batch_size < process_count:
+    raise ValueError(
+      f'Batch size {batch_size} is not divisible by the {process_count} '
+      'processes: change the config field batch_size.'
+    )
+  local = batch_size // process_count
+  return batch_size, process_index * local, (process_index + 1) * local
+
+
+def _row(name):
+  if name not in datasets.DATASETS:
+    raise ValueError(
+      f'data.name is {name!r}, expected one of {sorted(datasets.DATASETS)}.'
+    )
+  return datasets.DATASETS[name]
+
+
+def _parse(data_config):
+  """`DataConfig` of a mapping; a field that does not exist is refused."""
+  known = [field.name for field in dataclasses.fields(DataConfig)]
+  for field in data_config:
+    if field not in known:
+      close = difflib.get_close_matches(field, known, 1) or known
+      raise ValueError(
+        f'Unknown config field data.{field}; did you mean {", ".join(close)}?'
+      )
+  return DataConfig(**data_config)
+
+
+def _source(config, split):
+  row = _row(config.name)
+  source = row.load(row, config, split)
+  if config.labels_per_class is None or split != config.train_split:
+    return source
+  return datasets.labels_per_class(
+    source, config.labels_per_class, config.labels_seed
+  )

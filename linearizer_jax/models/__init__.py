@@ -1,0 +1,101 @@
+"""Models by name: Adventurer students and ViT teachers."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from linearizer_jax.models import adventurer, teachers, vit
+
+# class -> {name: fields}
+FAMILIES = {
+  adventurer.Adventurer: adventurer.VARIANTS,
+  vit.ViT: vit.VARIANTS,
+}
+DTYPE_FIELDS = ('dtype', 'residual_dtype')
+
+
+def list_models():
+  """Names that `create_model` takes, sorted."""
+  return sorted(name for table in FAMILIES.values() for name in table)
+
+
+def create_model(name, **overrides):
+  """The linen Module of a named model.
+
+  Args:
+    name: one of `list_models()`, such as 'adventurer_base_patch16'.
+    **overrides: fields of the Module that replace those of the name, such as
+      `num_classes=10`, `image_size=(320, 512)`, `dtype='bfloat16'`.
+
+  Returns:
+    An unbound linen Module: `model.init(key, images)`, `model.apply(variables,
+    images, token_mask=None, train=False) -> (logits, out)`.
+
+  Raises:
+    ValueError: an unknown name or field, with the known ones.
+  """
+  module, fields = _find(name)
+  known = field_names(name)
+  unknown = sorted(set(overrides) - known)
+  if unknown:
+    raise ValueError(
+      f'{name} has no field {", ".join(unknown)}; its fields are '
+      f'{", ".join(sorted(known))}.'
+    )
+  fields = {**fields, **overrides}
+  for field, value in fields.items():
+    if field in DTYPE_FIELDS and isinstance(value, str):
+      fields[field] = jnp.dtype(value)
+    if isinstance(value, list):  # configs read from JSON hold lists
+      fields[field] = tuple(value)
+  return module(**fields)
+
+
+def field_names(name):
+  """The fields that `create_model(name, ...)` takes."""
+  fields = {field.name for field in dataclasses.fields(_find(name)[0])}
+  return fields - {'name', 'parent'}
+
+
+def from_config(config, role, *, mesh=None, batch_axes=None, **fields):
+  """The network of `config.student` or `config.teacher`.
+
+  Fields that are None keep the named model's value. An `image_size` of None is
+  that of the published weights, or else of the data.
+
+  Args:
+    config: resolved config of a stage, a ConfigDict.
+    role: 'student' or 'teacher'.
+    mesh, batch_axes: for models that scan; see `kernels.ssd.ssd`.
+    **fields: fields of the model that the config does not decide.
+
+  Returns:
+    (Module, (mean, std)): the statistics of its input.
+
+  Raises:
+    ValueError: as `create_model`.
+  """
+  section = config[role].to_dict()
+  name = section.pop('name')
+  section.pop('weights', None)
+  fields |= {key: value for key, value in section.items() if value is not None}
+  row = teachers.TEACHERS.get(name)
+  name = row.model if row else name
+  fields.setdefault(
+    'image_size',
+    row.image_size if row and row.source else config.data.image_size,
+  )
+  if 'mesh' in field_names(name):
+    fields |= {'mesh': mesh, 'batch_axes': batch_axes}
+  stats = row.normalization if row else teachers.IMAGENET
+  return create_model(name, **fields), stats
+
+
+def _find(name):
+  """(Module class, its fields) of a named model."""
+  for module, table in FAMILIES.items():
+    if name in table:
+      return module, table[name]
+  raise ValueError(
+    f'there is no model {name!r}; known models: {", ".join(list_models())}.'
+  )

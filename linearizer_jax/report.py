@@ -1,0 +1,105 @@
+"""What a finished run leaves: a table, summary.json, curves and maps."""
+
+import logging
+import pathlib
+
+import ml_collections
+import numpy as np
+
+from linearizer_jax import checkpoint, figures, models
+from linearizer_jax.data import pipeline
+
+_log = logging.getLogger('linearizer_jax')
+
+
+def write(config, workdir):
+  """Writes summary.json and figures of a run, and prints its table.
+
+  Args:
+    config: the run's resolved config, a dict. `report.rows` maps a row's name
+      to stages, of which the one with the highest `report.metric` counts;
+      without rows each stage is one, with its loss.
+    workdir: folder of the run, all of whose stages are done.
+
+  Returns:
+    The summary, a dict: {row: value, 'seconds': {stage: float}}.
+  """
+  workdir = pathlib.Path(workdir)
+  options = config['report']
+  results = {
+    stage: checkpoint.read_json(
+      checkpoint.stage_dir(workdir, stage) / 'result.json'
+    )
+    for stage in config['stages']
+  }
+  metric = options['metric'] or 'loss'
+  rows = options['rows'] or {stage: (stage,) for stage in results}
+  summary = {
+    row: max(results[stage][metric] for stage in stages)
+    for row, stages in rows.items()
+  }
+  if options['nearest_neighbour']:
+    stage = checkpoint.resolve_stage(config, options['nearest_neighbour'])
+    summary['nearest_neighbour'] = nearest_neighbour(stage['data'])
+  seconds = {stage: result['seconds'] for stage, result in results.items()}
+  summary['seconds'] = seconds
+  checkpoint.write_json(workdir / 'summary.json', summary)
+
+  figures.loss_curves(workdir, workdir / 'losses.png')
+  if options['maps']:
+    _draw_maps(config, workdir, options['maps'], workdir / 'maps.png')
+  print(table(metric, summary, rows), f'All of it lies in {workdir}.', sep='\n')
+  return summary
+
+
+def table(metric, summary, rows):
+  """The rows of a summary as text, with the seconds of training behind."""
+  lines = [f'{"":20}{metric:>10}{"seconds":>10}']
+  for row, value in summary.items():
+    if row == 'seconds':
+      continue
+    took = sum(summary['seconds'][stage] for stage in rows.get(row, ()))
+    took = f'{took:10.0f}' if row in rows else f'{"-":>10}'
+    lines.append(f'{row.replace("_", " "):20}{value:10.2f}{took}')
+  return '\n'.join(lines)
+
+
+def nearest_neighbour(data):
+  """Test accuracy in percent of 1-NN on pixels, on the same few labels.
+
+  Args:
+    data: a config's `data` section, whose label budget holds.
+  """
+  from sklearn.neighbors import KNeighborsClassifier
+
+  def pixels(split):
+    batches = list(
+      pipeline.make_eval_batches(data, batch_size=256, split=split)
+    )
+    images, labels, valid = (
+      np.concatenate([batch[name] for batch in batches])
+      for name in ('image', 'label', 'valid')
+    )
+    return images[valid].reshape(valid.sum(), -1) / 255, labels[valid]
+
+  config = pipeline.DataConfig(**data)
+  images, labels = pixels(config.train_split)
+  classifier = KNeighborsClassifier(n_neighbors=1).fit(images, labels)
+  return 100 * classifier.score(*pixels(config.eval_split))
+
+
+def _draw_maps(config, workdir, networks, path):
+  """Activation maps of the networks of some stages, side by side."""
+  loaded = {}
+  for name, stage in networks.items():
+    params, info = checkpoint.load_params(workdir, stage=stage)
+    stage_config = ml_collections.ConfigDict(info['config'])
+    role = 'student'
+    if stage_config.task == 'classify':
+      role = stage_config.train_role
+    model, stats = models.from_config(stage_config, role, num_classes=0)
+    params = {k: v for k, v in params.items() if k not in ('head', 'mask_token')}
+    loaded[name] = (model, params, stats)
+  data = checkpoint.resolve_stage(config, stage)['data']
+  batch = next(iter(pipeline.make_eval_batches(data, batch_size=8)))
+  figures.activation_maps(batch['image'][:4], loaded, path)

@@ -1,0 +1,50 @@
+"""Runs a config: `python main.py --config=configs/distill_base.py`.
+
+Every field can be set from the command line, `--config.batch_size=256`; what
+follows a colon goes to the config file, `--config=configs/digits.py:smoke`.
+"""
+
+import os
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+flags.DEFINE_string(
+  'workdir',
+  None,
+  'Folder of the run: checkpoints, metrics, figures. The same command with the '
+  'same folder goes on where the run stopped. By default runs/<config>.',
+)
+config_flags.DEFINE_config_file(
+  'config', 'configs/digits.py', 'File and its argument, file.py:argument.'
+)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  # Here, not above: worker processes of the data import this file as well.
+  from linearizer_jax import checkpoint, report, train
+
+  logging.set_verbosity(logging.WARNING)  # of the libraries
+  logging.get_absl_logger().parent.getChild('linearizer_jax').setLevel('INFO')
+  config = flags.FLAGS.config.to_dict()
+  workdir = flags.FLAGS.workdir or _default_workdir()
+  stages = [checkpoint.resolve_stage(config, s) for s in config['stages']]
+  for stage in stages:
+    train.check_stage(stage)
+  checkpoint.claim_workdir(workdir, config)
+  for stage in stages:
+    train.run_stage(stage, workdir)
+  report.write(config, workdir)
+
+
+def _default_workdir():
+  name = config_flags.get_config_filename(flags.FLAGS['config'])
+  path, _, argument = name.partition(':')
+  stem = os.path.splitext(os.path.basename(path))[0]
+  return os.path.join('runs', '_'.join(filter(None, (stem, argument))))
+
+
+if __name__ == '__main__':
+  app.run(main)
