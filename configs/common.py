@@ -62,9 +62,7 @@ def base():
   config.schedule = ml_collections.ConfigDict(
     dict(warmup_epochs=10.0, final_lr=1e-5)
   )
-  config.parallel = ml_collections.ConfigDict(
-    dict(fsdp=1, accumulate_steps=1)
-  )
+  config.parallel = ml_collections.ConfigDict(dict(fsdp=1, accumulate_steps=1))
   config.checkpoint = ml_collections.ConfigDict(
     dict(every_steps=1000, keep_last=2, best_metric='', best_mode='max')
   )

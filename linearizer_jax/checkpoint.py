@@ -78,10 +78,12 @@ def save(manager, step, state, iterator, metrics=None):
     return
   manager.save(
     step,
-    args=ocp.args.Composite(**{
-      STATE: ocp.args.StandardSave(state),
-      DATA: grain.checkpoint.CheckpointSave(iterator),
-    }),
+    args=ocp.args.Composite(
+      **{
+        STATE: ocp.args.StandardSave(state),
+        DATA: grain.checkpoint.CheckpointSave(iterator),
+      }
+    ),
     metrics=metrics,
   )
 
@@ -100,10 +102,12 @@ def restore(manager, step, shapes, iterator):
   """
   restored = manager.restore(
     step,
-    args=ocp.args.Composite(**{
-      STATE: ocp.args.StandardRestore(shapes),
-      DATA: grain.checkpoint.CheckpointRestore(iterator),
-    }),
+    args=ocp.args.Composite(
+      **{
+        STATE: ocp.args.StandardRestore(shapes),
+        DATA: grain.checkpoint.CheckpointRestore(iterator),
+      }
+    ),
   )
   return restored[STATE]
 
@@ -365,5 +369,3 @@ def _free_to_change(name):
   if name.startswith('per_stage.'):
     name = name.split('.', 2)[-1]
   return name.startswith(FREE_TO_CHANGE)
-
-

@@ -92,7 +92,9 @@ def scale_by_layer(decay):
   def update(updates, state, params=None):
     del params
     rates = layer_rates(updates, decay)
-    return jax.tree.map(lambda u, r: u * jnp.asarray(r, u.dtype), updates, rates), state
+    return jax.tree.map(
+      lambda u, r: u * jnp.asarray(r, u.dtype), updates, rates
+    ), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 

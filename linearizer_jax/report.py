@@ -98,7 +98,9 @@ def _draw_maps(config, workdir, networks, path):
     if stage_config.task == 'classify':
       role = stage_config.train_role
     model, stats = models.from_config(stage_config, role, num_classes=0)
-    params = {k: v for k, v in params.items() if k not in ('head', 'mask_token')}
+    params = {
+      k: v for k, v in params.items() if k not in ('head', 'mask_token')
+    }
     loaded[name] = (model, params, stats)
   data = checkpoint.resolve_stage(config, stage)['data']
   batch = next(iter(pipeline.make_eval_batches(data, batch_size=8)))

@@ -351,7 +351,9 @@ class Distill:
       return optax.global_norm(jax.grad(value)(outputs['s'][last]))
 
     for name in ('match', 'predict'):
-      if getattr(options, 'mask_weight' if name == 'predict' else 'match_weight'):
+      if getattr(
+        options, 'mask_weight' if name == 'predict' else 'match_weight'
+      ):
         found[f'gradient_{name}'] = term(name)
     return found
 
@@ -374,7 +376,10 @@ class Distill:
 
     names = [
       stage_blocks(network.depth, options.num_stages, role)
-      for role, network in (('teacher', self.teacher), ('student', self.student))
+      for role, network in (
+        ('teacher', self.teacher),
+        ('student', self.student),
+      )
     ]
     return [
       (pick(t, t_block), pick(s, s_block))
@@ -438,8 +443,11 @@ class Distill:
     return widths
 
   def _head(self, width):
-    normal = nn.initializers.truncated_normal(0.02)
-    return nn.Dense(width, dtype=self.student.dtype, kernel_init=normal)
+    return nn.Dense(
+      width,
+      dtype=self.student.dtype,
+      kernel_init=nn.initializers.normal(0.02),
+    )
 
   def _apply_head(self, name, heads, tokens, width):
     return self._head(width).apply({'params': heads[name]}, tokens)

@@ -234,11 +234,13 @@ def test_every_row(name, folder, tmp_path):
   assert set(labels) == set(range(EXPECTED[name][1]))
 
 
-def test_unprepared_tfds_says_how_to_prepare_it(tmp_path):
-  config = {'name': 'imagenette', 'data_dir': str(tmp_path)}
-  command = f'tfds build imagenette/full-size-v2 .*--data_dir={tmp_path}'
-  with pytest.raises(ValueError, match=command):
-    pipeline.make_train_iterator(config, batch_size=8, seed=0)
+@pytest.mark.parametrize('name', ['imagenet2012', 'imagenette'])
+def test_unprepared_tfds_says_how_to_prepare_it(name, tmp_path):
+  config = {'name': name, 'data_dir': str(tmp_path)}
+  command = f'tfds build {name}.* --file_format=array_record --data_dir='
+  for _ in range(2):  # the second time TFDS raises another error
+    with pytest.raises(ValueError, match=command):
+      pipeline.make_train_iterator(config, batch_size=8, seed=0)
   assert not list(tmp_path.iterdir())
 
 

@@ -1,9 +1,13 @@
 """Chunked SSD in plain XLA, in four numbered steps.
 
 Inside a chunk the scan is a masked matrix product; between chunks only the
-state (B, H, P, N) is passed. `ssd_xla` joins the chunk states by an
-associative scan (parallel, any device); `ssd_xla_scan` carries the state
-through a scan over chunks (what a CPU likes).
+state is passed. `ssd_xla` joins the chunk states by an associative scan
+(parallel, any device); `ssd_xla_scan` carries the state through a scan over
+chunks (what a CPU likes).
+
+Inside this file heads are (G, R) and come before the tokens of a chunk, and a
+state is (..., G, N, R, P): its two products are then large matrices without a
+transpose.
 """
 
 import functools
@@ -20,6 +24,9 @@ _einsum = functools.partial(
   preferred_element_type=jnp.float32,
 )
 
+_XLA_CHUNK = 64
+_XLA_SCAN_CHUNK = 32
+
 
 def ssd_xla(
   x: jax.Array,
@@ -31,27 +38,35 @@ def ssd_xla(
   initial_state: jax.Array,
   chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """SSD by chunks, chunk states joined by `lax.associative_scan`."""
-  length, heads = x.shape[1:3]
-  groups = B.shape[2]
-  x, dt, B, C = _to_chunks((x, dt, B, C), chunk_size or 64, groups)
-  A, D, state = _group_heads(A, D, initial_state, groups)
+  """SSD by chunks, chunk states joined by `lax.associative_scan`.
 
-  cs = jnp.cumsum(dt * A, axis=2)
-  y = _within(x, dt, cs, B, C)  # 1.
-  states = _chunk_states(x, dt, cs, B)  # 2.
-  # 3. h_c = decay_c h_{c-1} + states_c, with the initial state in front.
-  decay = jnp.exp(cs[:, :, -1])[..., None, None]  # (B, c, G, R, 1, 1)
-  states = jnp.concatenate([state[:, None], states], axis=1)
+  Arguments, results and numerics as in `ssd`, which has checked and cast.
+  Source: Dao and Gu, arXiv 2405.21060, section 6.
+  """
+  batch, length, heads, head_dim = x.shape
+  groups = B.shape[2]
+  q = min(chunk_size or _XLA_CHUNK, length)
+  # A padded token has dt = 0, which leaves the state as it is.
+  x_c, dt_c, B_c, C_c = (_pad_to_chunks(a, q) for a in (x, dt, B, C))
+  x_c, dt_c, cs = _heads_first(x_c, dt_c, A, groups)  # (B, c, G, R, Q, P)
+
+  y = _within_chunk(x_c, dt_c, cs, B_c, C_c)  # 1.
+  states = _state_added(x_c, dt_c, cs, B_c)  # 2.
+  # 3. state_c = decay_c state_{c-1} + added_c, the initial state in front.
+  decay = _per_state(jnp.exp(cs[..., -1]))
   decay = jnp.concatenate([jnp.ones_like(decay[:, :1]), decay], axis=1)
+  first = _state_in(initial_state, groups)[:, None]
+  states = jnp.concatenate([first, states], axis=1)
   _, states = lax.associative_scan(
     lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, states), axis=1
   )
-  y = y + _from_state(states[:, :-1], cs, C)  # 4.
+  y += _from_state(states[:, :-1], cs, C_c)  # 4.
   if D is not None:
-    y = y + D * x
-  y = y.astype(x.dtype).reshape(y.shape[0], -1, heads, y.shape[-1])
-  return y[:, :length], states[:, -1].reshape(initial_state.shape)
+    y += D.reshape(groups, -1, 1, head_dim) * x_c
+
+  y = jnp.moveaxis(y.astype(x.dtype), -2, 2)  # (B, c, Q, G, R, P)
+  y = y.reshape(batch, -1, heads, head_dim)[:, :length]
+  return y, _state_out(states[:, -1])
 
 
 def ssd_xla_scan(
@@ -64,94 +79,114 @@ def ssd_xla_scan(
   initial_state: jax.Array,
   chunk_size: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """SSD by chunks, the state carried by a scan over chunks."""
-  length, heads = x.shape[1:3]
-  groups = B.shape[2]
-  chunks = _to_chunks((x, dt, B, C), chunk_size or 32, groups)
-  A, D, state = _group_heads(A, D, initial_state, groups)
+  """SSD by chunks, the state carried by a scan over chunks.
 
-  # Recomputing a chunk in the backward pass keeps memory linear in L.
+  Arguments, results and numerics as in `ssd`, which has checked and cast.
+  Each chunk is cut out of the whole arrays inside the loop: no transposed or
+  padded copy of x is made, and the gradient of x is summed in place.
+  """
+  batch, length, heads, head_dim = x.shape
+  groups = B.shape[2]
+  q = min(chunk_size or _XLA_SCAN_CHUNK, length)
+  num_chunks = -(-length // q)
+
+  # Recomputing a chunk in the backward pass keeps memory linear in L, with
+  # one state per chunk saved.
   @jax.checkpoint
-  def one_chunk(state, inputs):
-    x, dt, B, C = inputs
-    cs = jnp.cumsum(dt * A, axis=1)
-    y = _within(x, dt, cs, B, C) + _from_state(state, cs, C)  # 1. and 4.
+  def one_chunk(state, chunk):
+    # The last chunk ends with the last token; where it overlaps the chunk
+    # before, dt = 0 leaves the state as it is and y is dropped below.
+    start = jnp.minimum(chunk * q, length - q)
+    x_c, dt_c, B_c, C_c = (
+      lax.dynamic_slice_in_dim(a, start, q, axis=1) for a in (x, dt, B, C)
+    )
+    is_new = start + jnp.arange(q) >= chunk * q
+    dt_c = jnp.where(is_new[:, None], dt_c, 0.0)
+    x_c, dt_c, cs = _heads_first(x_c, dt_c, A, groups)  # (B, G, R, Q, P)
+
+    y = _within_chunk(x_c, dt_c, cs, B_c, C_c)  # 1.
+    y += _from_state(state, cs, C_c)  # 4.
     if D is not None:
-      y += D * x
-    decay = jnp.exp(cs[:, -1])[..., None, None]
-    state = decay * state + _chunk_states(x, dt, cs, B)  # 2. and 3.
-    return state, y.astype(x.dtype)
+      y += D.reshape(groups, -1, 1, head_dim) * x_c
+    decay = _per_state(jnp.exp(cs[..., -1]))
+    state = decay * state + _state_added(x_c, dt_c, cs, B_c)  # 2. and 3.
+    y = jnp.moveaxis(y.astype(x.dtype), -2, 1)  # (B, Q, G, R, P)
+    return state, y.reshape(batch, q, heads, head_dim)
 
   state, y = lax.scan(
-    one_chunk, state, tuple(jnp.moveaxis(a, 1, 0) for a in chunks)
+    one_chunk, _state_in(initial_state, groups), jnp.arange(num_chunks)
   )
-  y = jnp.moveaxis(y, 0, 1)
-  y = y.reshape(y.shape[0], -1, heads, y.shape[-1])
-  return y[:, :length], state.reshape(initial_state.shape)
+  last = y[-1, :, num_chunks * q - length :]
+  y = jnp.moveaxis(y[:-1], 0, 1).reshape(batch, -1, heads, head_dim)
+  return jnp.concatenate([y, last], axis=1), _state_out(state)
 
 
-def _to_chunks(arrays, chunk_size, groups):
-  """(B, L, ...) -> (B, c, Q, ...), heads (H,) split into (G, R)."""
-  x, dt, B, C = arrays
-  length = x.shape[1]
-  chunk_size = min(chunk_size, length)
-  # dt = 0 leaves the state as it is, so a padded tail is not seen.
-  pad = -length % chunk_size
-
-  def split(a, *trailing):
-    a = jnp.pad(a, [(0, 0), (0, pad)] + [(0, 0)] * (a.ndim - 2))
-    return a.reshape(a.shape[0], -1, chunk_size, *trailing)
-
-  return (
-    split(x, groups, x.shape[2] // groups, x.shape[3]),
-    split(dt, groups, dt.shape[2] // groups),
-    split(B, *B.shape[2:]),
-    split(C, *C.shape[2:]),
-  )
-
-
-def _group_heads(A, D, state, groups):
-  """Splits the head axis of A, D and the state into (G, R)."""
-  if D is not None:
-    D = D.reshape(groups, -1, D.shape[-1])
-  batch, _, head_dim, state_dim = state.shape
-  state = state.reshape(batch, groups, -1, head_dim, state_dim)
-  return A.reshape(groups, -1), D, state
-
-
-def _within(x, dt, cs, B, C):
-  """1. The chunk's own tokens: (C B' o decay) (dt x)."""
+def _within_chunk(x, dt, cs, B, C):
+  """1. What a chunk's own tokens give: (C B' o decay) (dt x)."""
   scores = _einsum('...ign,...jgn->...gij', C, B)
   scores = scores[..., None, :, :] * _decay_matrix(cs)  # (..., G, R, Q, Q)
-  xd = (x * dt[..., None]).astype(x.dtype)
-  return _einsum('...grij,...jgrp->...igrp', scores.astype(x.dtype), xd)
+  x_dt = (x * dt[..., None]).astype(x.dtype)
+  return _einsum('...ij,...jp->...ip', scores.astype(x.dtype), x_dt)
 
 
-def _chunk_states(x, dt, cs, B):
-  """2. What the chunk adds to the state: (decay to the end dt x)' B."""
-  to_end = jnp.exp(_clamp(cs[..., -1:, :, :] - cs))
-  xd = (x * (dt * to_end)[..., None]).astype(x.dtype)
-  return _einsum('...jgrp,...jgn->...grpn', xd, B)
+def _state_added(x, dt, cs, B):
+  """2. What a chunk adds to the state: B' (decay to its end, dt, x)."""
+  to_end = jnp.exp(_clamp(cs[..., -1:] - cs))
+  x_dt = (x * (dt * to_end)[..., None]).astype(x.dtype)
+  return _einsum('...jgn,...grjp->...gnrp', B, x_dt)
 
 
 def _from_state(state, cs, C):
-  """4. What the state before the chunk adds to y: decay (C h)."""
-  y = _einsum('...ign,...grpn->...igrp', C, state.astype(C.dtype))
+  """4. What the state before a chunk gives: decay (C state)."""
+  y = _einsum('...ign,...gnrp->...grip', C, state.astype(C.dtype))
   return jnp.exp(cs)[..., None] * y
 
 
 def _decay_matrix(cs):
-  """exp(cs_i - cs_j) for j < i, 1 for j = i, 0 above: (..., G, R, Q, Q)."""
-  cs = jnp.moveaxis(cs, -3, -1)  # (..., G, R, Q)
+  """exp(cs_i - cs_j) for j < i, 1 for j = i, 0 above: (..., Q, Q)."""
   q = cs.shape[-1]
   difference = _clamp(cs[..., :, None] - cs[..., None, :])
   # Masked before exp, so that neither value nor gradient meets an overflow.
-  # The diagonal is the constant 1: its two gradients would only cancel.
+  # The diagonal is a constant: its two gradients would cancel only nearly.
   below = jnp.tril(jnp.ones((q, q), bool), -1)
-  constant = jnp.where(jnp.eye(q, dtype=bool), 0.0, -jnp.inf)
-  return jnp.exp(jnp.where(below, difference, constant))
+  otherwise = jnp.where(jnp.eye(q, dtype=bool), 0.0, -jnp.inf)
+  return jnp.exp(jnp.where(below, difference, otherwise))
 
 
 def _clamp(difference):
-  """Clamps rounding above 0 but lets the gradient of 0 pass (dt = 0)."""
+  """Clamps at 0, where only rounding leads; the gradient passes (dt = 0)."""
   return difference - lax.stop_gradient(jnp.maximum(difference, 0.0))
+
+
+def _heads_first(x, dt, A, groups):
+  """(..., Q, H, P) -> (..., G, R, Q, P); dt likewise; cumulative dt A."""
+  x = x.reshape(*x.shape[:-2], groups, -1, x.shape[-1])
+  dt = dt.reshape(*dt.shape[:-1], groups, -1)
+  x, dt = jnp.moveaxis(x, -4, -2), jnp.moveaxis(dt, -3, -1)
+  # A product with a triangle of ones: far faster than cumsum on CPU.
+  ones = jnp.tril(jnp.ones((dt.shape[-1], dt.shape[-1])))
+  cs = _einsum('...j,ij->...i', dt * A.reshape(groups, -1, 1), ones)
+  return x, dt, cs
+
+
+def _per_state(decay):
+  """(..., G, R) -> (..., G, 1, R, 1), to multiply a state."""
+  return decay[..., None, :, None]
+
+
+def _state_in(state, groups):
+  """(B, H, P, N) -> (B, G, N, R, P)."""
+  state = state.reshape(state.shape[0], groups, -1, *state.shape[2:])
+  return jnp.moveaxis(state, -1, 2)
+
+
+def _state_out(state):
+  """(B, G, N, R, P) -> (B, H, P, N)."""
+  state = jnp.moveaxis(state, 2, -1)
+  return state.reshape(state.shape[0], -1, *state.shape[3:])
+
+
+def _pad_to_chunks(a, q):
+  """(B, L, ...) -> (B, c, Q, ...), zeros at the end."""
+  a = jnp.pad(a, [(0, 0), (0, -a.shape[1] % q)] + [(0, 0)] * (a.ndim - 2))
+  return a.reshape(a.shape[0], -1, q, *a.shape[2:])

@@ -124,13 +124,14 @@ def from_state_dict(tables, tensors, shapes, source='the given tensors'):
       finite; names all of them in one paragraph.
   """
   paths = _paths(shapes)
-  spelled = [_spelled(table, tensors) for table in tables]
-  rows, ignored = max(
-    ((_expanded(table, paths), table['ignored']) for table in spelled),
-    key=lambda c: sum(
-      name in tensors for row in c[0].values() for name in row[0]
-    ),
-  )
+  candidates = []
+  for table in tables:
+    table = _spelled(table, tensors)
+    rows = _expanded(table, paths)
+    hits = sum(name in tensors for names, _ in rows.values() for name in names)
+    candidates.append((hits, rows, table['ignored']))
+  _, rows, ignored = max(candidates, key=lambda candidate: candidate[0])
+
   expected = {}  # their name -> shape
   for path, row in rows.items():
     # No memory: one zero, broadcast.
@@ -166,9 +167,7 @@ def _spelled(table, tensors):
 
   # What lies outside the prefix is not in such a file.
   ignored = tuple(p for p in table['ignored'] if p.startswith(prefix))
-  rows = tuple(
-    (ours, bare(theirs), kind) for ours, theirs, kind in table['rows']
-  )
+  rows = [(ours, bare(theirs), kind) for ours, theirs, kind in table['rows']]
   return {'prefix': '', 'ignored': bare(ignored), 'rows': rows}
 
 

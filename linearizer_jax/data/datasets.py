@@ -127,16 +127,15 @@ class Tfds:
         download=False,
         decoders={'image': tfds.decode.SkipDecoding()},
       )
-    except (NotImplementedError, ValueError, OSError) as error:
+    except (NotImplementedError, LookupError, ValueError, OSError) as error:
       where = data_dir or 'the default folder of TFDS'
       option = f' --data_dir={data_dir}' if data_dir else ''
-      reason = str(error).partition('\n')[0]
       raise ValueError(
-        f'Cannot read split {split!r} of {name!r} in {where} ({reason}). '
-        'Nothing is downloaded here: prepare it once with `tfds build '
-        f'{name} --file_format=array_record{option}` (this step alone may ask '
-        'for tensorflow), or point the config field data.data_dir to where '
-        'it is.'
+        f'Cannot read split {split!r} of {name!r} in {where}: either it has no '
+        'such split, or it is not prepared there as ArrayRecord. Nothing is '
+        f'downloaded here: prepare it once with `tfds build {name} '
+        f'--file_format=array_record{option}` (this step alone may ask for '
+        'tensorflow), or point the config field data.data_dir to where it is.'
       ) from error
     self._arguments = name, split, data_dir
     self.num_classes = self._records.dataset_info.features['label'].num_classes

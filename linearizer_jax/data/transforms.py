@@ -178,7 +178,7 @@ def center_crop_box(image_size, size, fraction):
 
 
 def shift_and_rotate(image, shift_pixels, rotate_degrees, rng):
-  """Moves by whole pixels, turns about the center; black comes in.
+  """Moves by whole pixels, turns about the center, bilinear; black comes in.
 
   Args:
     image: PIL image.
@@ -201,7 +201,8 @@ def shift_and_rotate(image, shift_pixels, rotate_degrees, rng):
     *(-sin, cos, cy + sin * (cx + dx) - cos * (cy + dy)),
   )
   # Without rotation every place is a pixel's center: nothing to interpolate.
-  method = _BICUBIC if rotate_degrees else Image.Resampling.NEAREST
+  kinds = Image.Resampling
+  method = kinds.BILINEAR if rotate_degrees else kinds.NEAREST
   return image.transform(image.size, Image.Transform.AFFINE, matrix, method)
 
 

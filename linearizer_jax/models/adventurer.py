@@ -170,7 +170,7 @@ class Adventurer(nn.Module):
     logits = nn.Dense(
       self.num_classes,
       dtype=self.dtype,
-      kernel_init=nn.initializers.truncated_normal(0.02),
+      kernel_init=layers.EMBEDDING_INIT,
       name='head',
     )(out['class'])
     return logits.astype(jnp.float32), out
@@ -181,7 +181,7 @@ class Adventurer(nn.Module):
       self.width, self.patch_size, self.dtype, name='patch_embed'
     )
     tokens = stem(images).astype(self.residual_dtype)  # (B, L, D)
-    normal = nn.initializers.truncated_normal(0.02)
+    normal = layers.EMBEDDING_INIT
     mask_token = None
     if self.use_mask_token:
       mask_token = self.param('mask_token', normal, (1, 1, self.width))

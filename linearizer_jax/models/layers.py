@@ -12,6 +12,11 @@ import jax
 import jax.numpy as jnp
 
 
+# "Truncated normal 0.02" of the released code is cut at +-2, 100 deviations
+# away; JAX's initialiser of that name cuts at two deviations and gives 0.0176.
+EMBEDDING_INIT = nn.initializers.normal(0.02)
+
+
 def patch_grid(image_shape, patch_size):
   """Number of patches along height and width.
 
