@@ -73,7 +73,7 @@ def base():
   config.report = ml_collections.ConfigDict(
     dict(metric='', rows={}, nearest_neighbour='', maps={})
   )
-  return config
+  return config.lock()
 
 
 def network(name):
@@ -145,10 +145,13 @@ def data():
       shift_pixels=0,
       rotate_degrees=0.0,
       color_jitter=0.0,
+      randaugment_ops=0,
+      randaugment_magnitude=9.0,
+      randaugment_std=0.5,
       shuffle=True,
       eval_crop=0.875,
       num_workers=8,
-      num_threads=2,
+      num_threads=1,
     )
   )
 
@@ -181,8 +184,8 @@ def smoke(config):
     config.init = ''
   for changes in config.per_stage.values():
     for field in ('steps', 'epochs', 'batch_size', 'schedule', 'log'):
-      if field in changes:
-        del changes[field]
+      with changes.unlocked():
+        changes.pop(field, None)
     if 'labels_per_class' in changes.get('data', {}):
       changes.data.labels_per_class = 1
   return config

@@ -31,6 +31,7 @@ def get_config(argument=None):
   config.classify.mixup = 0.8
   config.classify.cutmix = 1.0
   config.data.crop_scale = (0.08, 1.0)
+  config.data.randaugment_ops = 2  # magnitude 9, deviation 0.5
   config.checkpoint.best_metric = 'ema_accuracy'
   if options.smoke:
     return common.smoke(config)

@@ -4,7 +4,6 @@ import json
 import pathlib
 import sys
 
-import tensorboardX
 import tqdm
 
 
@@ -25,6 +24,9 @@ class MetricWriter:
     self._stage, self._active = stage, active
     if not active:
       return
+    # Here, because it imports torch where torch is installed.
+    import tensorboardX
+
     workdir = pathlib.Path(workdir)
     path = workdir / 'metrics.jsonl'
     kept = [

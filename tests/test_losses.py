@@ -71,6 +71,13 @@ def value_and_grad(f, g, *, form, center=False):
   return jax.value_and_grad(loss)(g)
 
 
+@functools.partial(jax.jit, static_argnames=('form', 'center'))
+def diagnostics(f, p=None, *, form='auto', center=False):
+  return losses.matching_diagnostics(
+    f, teacher_query=p, form=form, center=center
+  )
+
+
 def assert_close(actual, expected, tolerance=TOLERANCE):
   """Relative L2, with the largest difference and its place on failure."""
   actual, expected = (np.asarray(x, np.float64) for x in (actual, expected))
@@ -148,9 +155,8 @@ def test_tokens_given_as_queries_change_nothing():
   f, g = features(8), features(9)
   for form in FORMS:
     expected, _ = value_and_grad(f, g, form=form)
-    actual = losses.activation_matching(
-      f, g, teacher_query=f, student_query=g, form=form
-    )
+    matching = jax.jit(functools.partial(losses.activation_matching, form=form))
+    actual = matching(f, g, teacher_query=f, student_query=g)
     np.testing.assert_allclose(actual, expected, atol=1e-6)
 
 
@@ -177,11 +183,16 @@ def test_value_is_never_below_zero_and_its_gradient_is_not_clipped(form):
 
 def test_teacher_is_a_constant():
   f, g = features(12), features(13)
+  p, q = f[:, :1], g[:, :1]
   for form in FORMS:
-    gradient = jax.jit(
-      jax.grad(functools.partial(losses.activation_matching, form=form))
-    )(f, g)
-    np.testing.assert_array_equal(gradient, 0)
+
+    def loss(f, p, form=form):
+      return losses.activation_matching(
+        f, g, teacher_query=p, student_query=q, form=form
+      )
+
+    for gradient in jax.jit(jax.grad(loss, argnums=(0, 1)))(f, p):
+      np.testing.assert_array_equal(gradient, 0)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -363,9 +374,7 @@ def test_prediction_sends_no_gradient_to_visible_tokens(name):
 def test_diagnostics(form, center, with_query):
   f = features(24, 40, 8, alike=1)
   p = features(25, 1, 8) if with_query else None
-  got = losses.matching_diagnostics(
-    f, teacher_query=p, form=form, center=center
-  )
+  got = diagnostics(f, p, form=form, center=center)
   constant = np.ones((2, 40, 5), np.float32)
   query = constant[:, :1] if with_query else None
   np.testing.assert_allclose(
@@ -385,10 +394,10 @@ def test_diagnostics(form, center, with_query):
 def test_diagnostics_of_tokens_that_are_all_alike():
   """The weakness: with mean cosine 0.8 a constant student looks matched."""
   f = features(26, 196, 768, alike=2)
-  got = losses.matching_diagnostics(f)
+  got = diagnostics(f)
   np.testing.assert_allclose(got['teacher_cosine'], 0.8, atol=0.02)
   assert 0 < got['constant_student'] < 0.003
-  gradient = jax.grad(lambda f: sum(losses.matching_diagnostics(f).values()))(f)
+  gradient = jax.grad(lambda f: sum(diagnostics(f).values()))(f)
   np.testing.assert_array_equal(gradient, 0)
 
 
@@ -432,15 +441,15 @@ def test_prediction_losses_are_their_definitions(target_norm, dtype):
 def test_prediction_gradients_against_differences():
   """In float32 the loss is smooth enough for a step of 1e-2."""
   prediction, target = features(29), features(30)
-  direction = features(31)
+  direction, step = features(31), np.float32(1e-2)
   for name in ('smooth_l1', 'cosine', 'mse'):
-
-    def loss(x, name=name):
-      return losses.masked_prediction(x, target, loss=name)
-
-    step = 1e-2
-    ends = [loss(prediction + s * step * direction) for s in (1, -1)]
-    slope = np.vdot(jax.grad(loss)(jnp.asarray(prediction)), direction)
+    loss = functools.partial(losses.masked_prediction, loss=name)
+    loss_and_grad = jax.jit(jax.value_and_grad(loss))
+    ends = [
+      loss_and_grad(prediction + sign * step * direction, target)[0]
+      for sign in (np.float32(1), np.float32(-1))
+    ]
+    slope = np.vdot(loss_and_grad(prediction, target)[1], direction)
     np.testing.assert_allclose(
       slope, (ends[0] - ends[1]) / (2 * step), rtol=2e-3, err_msg=name
     )
@@ -463,33 +472,33 @@ def test_logit_loss_is_the_divergence_and_has_its_gradient():
     return weights / weights.sum(-1, keepdims=True)
 
   p, q = softmax(teacher), softmax(student)
-  value, gradients = jax.value_and_grad(losses.logit_loss, argnums=(0, 1))(
-    student, teacher, temperature
-  )
+  loss = jax.jit(jax.value_and_grad(losses.logit_loss, argnums=(0, 1)))
+  value, gradients = loss(student, teacher, temperature)
   np.testing.assert_allclose(
     value, temperature**2 * np.mean(np.sum(p * np.log(p / q), -1)), rtol=1e-5
   )
   assert_close(gradients[0], temperature * (q - p) / len(p))
   np.testing.assert_array_equal(gradients[1], 0)
-  assert abs(losses.logit_loss(teacher, teacher)) <= 1e-6
+  assert abs(loss(teacher, teacher, 1.0)[0]) <= 1e-6
+
   # At temperature 1: cross-entropy with soft labels, less their entropy.
-  labels = jax.nn.softmax(teacher)
-  cross_entropy = jax.grad(
-    lambda x: optax.losses.softmax_cross_entropy(x, labels).mean()
-  )(student)
-  assert_close(jax.grad(losses.logit_loss)(student, teacher), cross_entropy)
+  def cross_entropy(x):
+    labels = jax.nn.softmax(teacher)
+    return optax.losses.softmax_cross_entropy(x, labels).mean()
+
+  expected = jax.jit(jax.grad(cross_entropy))(student)
+  assert_close(loss(student, teacher, 1.0)[1][0], expected)
 
 
 def test_class_token_loss():
   x, y = features(35)[:, 0], features(36)[:, 0]
   cosine = np.sum(x * y, -1) / np.linalg.norm(x, axis=-1)
   cosine = cosine / np.linalg.norm(y, axis=-1)
-  np.testing.assert_allclose(
-    losses.class_token_loss(x, y), np.mean(1 - cosine), rtol=TOLERANCE
-  )
-  assert 0 <= losses.class_token_loss(x, 2 * x) <= 1e-6
-  assert losses.class_token_loss(0 * x, y) == 1
-  student, teacher = jax.grad(losses.class_token_loss, argnums=(0, 1))(0 * x, y)
+  loss = jax.jit(jax.value_and_grad(losses.class_token_loss, argnums=(0, 1)))
+  np.testing.assert_allclose(loss(x, y)[0], np.mean(1 - cosine), rtol=TOLERANCE)
+  assert 0 <= loss(x, 2 * x)[0] <= 1e-6
+  value, (student, teacher) = loss(0 * x, y)
+  assert value == 1
   assert np.isfinite(student).all()
   np.testing.assert_array_equal(teacher, 0)
 

@@ -1,0 +1,85 @@
+"""Every config resolves at full size: shapes, shardings and optimizer."""
+
+import importlib
+import pathlib
+
+import jax
+import ml_collections
+import pytest
+
+from linearizer_jax import checkpoint, optimizer, sharding, train
+from linearizer_jax.data import pipeline
+
+FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+NAMES = sorted(
+  path.stem
+  for path in FOLDER.glob('*.py')
+  if path.stem not in ('__init__', 'common')
+)
+
+
+def get_config(name, argument=None):
+  return importlib.import_module(f'configs.{name}').get_config(argument)
+
+
+def stages(config):
+  config = config.to_dict()
+  for stage in config['stages']:
+    yield ml_collections.ConfigDict(checkpoint.resolve_stage(config, stage))
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_full_size_resolves(name):
+  mesh = sharding.make_mesh(fsdp=2)
+  assert mesh.size == 8
+  for config in stages(get_config(name)):
+    task = train.make_task(config, mesh, 1000)
+    tx = optimizer.make_optimizer(config, lambda step: 1e-3)
+    programs = train.make_programs(config, task, tx, mesh)
+    leaves = jax.tree.leaves(programs.state)
+    assert all(leaf.sharding.mesh == mesh for leaf in leaves)
+    large = [x for x in leaves if x.size >= sharding.MIN_FSDP_SIZE]
+    assert all('fsdp' in str(x.sharding.spec) for x in large)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_smoke_is_small_and_checks(name):
+  for config in stages(get_config(name, 'smoke')):
+    assert config.data.name == 'generated'
+    assert config.steps <= 5
+    train.check_stage(config.to_dict())
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_docstring_has_the_command(name):
+  text = (FOLDER / f'{name}.py').read_text()
+  assert 'python main.py' in text.split('"""')[1]
+
+
+def test_data_fields_are_those_of_the_pipeline():
+  import dataclasses
+
+  fields = {field.name for field in dataclasses.fields(pipeline.DataConfig)}
+  assert set(get_config('distill_base').data.keys()) == fields
+
+
+def test_paper_defaults():
+  config = get_config('distill_base')
+  assert config.distill.mask_ratio == 0.75
+  assert config.distill.num_stages == 4
+  assert config.distill.mask_weight == 1.0
+  assert config.distill.match_tokens == 'visible'
+
+
+def test_unknown_argument_is_refused():
+  with pytest.raises(ValueError, match='epoch'):
+    get_config('distill_base', 'epoch=3')
+
+
+def test_unknown_field_is_refused_by_name():
+  with pytest.raises(AttributeError, match='mask_ratio'):
+    get_config('distill_base').distill.mask_ration = 0.5
+  config = get_config('digits').to_dict()
+  config['per_stage']['distill']['distil'] = {}
+  with pytest.raises(ValueError, match=r'per_stage\.distill\.distil '):
+    checkpoint.resolve_stage(config, 'distill')

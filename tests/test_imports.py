@@ -1,0 +1,113 @@
+"""Who may know whom (design, section 2), read from the imports."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+OURS = 'linearizer_jax'
+
+# room -> rooms of ours it may import; others may not be named at all.
+ALLOWED = {
+  'kernels': {'kernels'},
+  'data': {'data'},
+  'losses': set(),
+  'masking': set(),
+  'metrics': set(),
+  'sharding': set(),
+  'optimizer': set(),
+  'evaluate': set(),
+  'checkpoint': set(),
+  'models': {'models', 'kernels'},
+  'convert': {'convert', 'models', 'checkpoint'},
+  'steps': {'losses', 'masking'},
+  'figures': {'metrics', 'steps'},
+  'report': {'checkpoint', 'figures', 'models', 'data'},
+  'train': {
+    'steps',
+    'evaluate',
+    'optimizer',
+    'sharding',
+    'checkpoint',
+    'metrics',
+    'data',
+    'models',
+    'convert',
+  },
+}
+
+
+def room_of(path):
+  """'models' for linearizer_jax/models/vit.py, 'train' for train.py."""
+  parts = path.relative_to(ROOT).with_suffix('').parts
+  return parts[0] if parts[0] != OURS else parts[1]
+
+
+def imported(path):
+  """Full names of everything a file imports, at any depth of nesting."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      for alias in node.names:
+        yield alias.name
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f'{path}: relative import'
+      for alias in node.names:
+        yield f'{node.module}.{alias.name}'
+
+
+def files():
+  for folder in (OURS, 'kernels'):
+    yield from sorted((ROOT / folder).rglob('*.py'))
+
+
+def test_rooms_know_only_who_they_may():
+  wrong = []
+  for path in files():
+    room = room_of(path)
+    if room == '__init__':
+      continue
+    for name in imported(path):
+      parts = name.split('.')
+      if parts[0] in ('configs', 'main', 'tests'):
+        wrong.append(f'{path.name} imports {name}')
+      if parts[0] == OURS and parts[1] not in ALLOWED[room] | {room}:
+        wrong.append(f'{path.name} imports {name}')
+  assert not wrong
+
+
+def test_kernels_import_jax_alone():
+  known = set(sys.stdlib_module_names) | {'jax', 'numpy', OURS}
+  wrong = [
+    f'{path.name} imports {name}'
+    for path in (ROOT / 'kernels').rglob('*.py')
+    for name in imported(path)
+    if name.split('.')[0] not in known
+  ]
+  assert not wrong
+
+
+def test_configs_import_ml_collections_alone():
+  wrong = [
+    f'{path.name} imports {name}'
+    for path in (ROOT / 'configs').glob('*.py')
+    for name in imported(path)
+    if name.split('.')[0] not in ('configs', 'ml_collections')
+  ]
+  assert not wrong
+
+
+def test_the_package_loads_neither_torch_nor_tensorflow():
+  code = (
+    'import sys, linearizer_jax, linearizer_jax.train, linearizer_jax.report;'
+    "print([m for m in ('torch', 'tensorflow', 'tensorflow_datasets',"
+    " 'sklearn', 'matplotlib') if m in sys.modules])"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=ROOT,
+  )
+  assert done.stdout.strip() == '[]'

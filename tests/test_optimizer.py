@@ -1,0 +1,99 @@
+"""Schedule, decay groups and layer-wise rates against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import common
+from linearizer_jax import optimizer
+from linearizer_jax.models import create_model
+
+
+def make_config(**changes):
+  config = common.base()
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def student_params():
+  model = create_model(
+    'adventurer_tiny_patch16', depth=3, use_mask_token=True, num_classes=4
+  )
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)['params']
+
+
+def by_path(tree):
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {'/'.join(k.key for k in path): leaf for path, leaf in leaves}
+
+
+def test_decay_groups():
+  decays = by_path(optimizer.decay_mask({'student': student_params()}))
+  kept = {name.rsplit('/', 1)[-1] for name, on in decays.items() if not on}
+  assert kept == {
+    'scale',
+    'bias',
+    'dt_bias',
+    'A_log',
+    'D',
+    'pos_embed',
+    'cls_token',
+    'mask_token',
+  }
+  assert decays['student/layers_0/mixer/conv1d/kernel']
+  assert decays['student/head/kernel']
+
+
+def test_layer_rates():
+  rates = by_path(optimizer.layer_rates({'student': student_params()}, 0.5))
+  assert rates['student/patch_embed/proj/kernel'] == 0.5**4
+  assert rates['student/pos_embed'] == 0.5**4
+  assert rates['student/layers_0/mixer/D'] == 0.5**3
+  assert rates['student/layers_2/mlp/w1/bias'] == 0.5
+  assert rates['student/norm_f/scale'] == 1
+  assert rates['student/head/kernel'] == 1
+
+
+def test_schedule():
+  config = make_config(**{
+    'optimizer.learning_rate': 2.0,
+    'schedule.warmup_epochs': 2.0,
+    'schedule.final_lr': 0.5,
+  })
+  schedule = optimizer.make_schedule(config, 100, 5.0)
+  want = {0: 0.0, 5: 1.0, 10: 2.0, 55: 1.25, 100: 0.5}
+  for step, rate in want.items():
+    np.testing.assert_allclose(schedule(step), rate, rtol=1e-6, atol=1e-7)
+  with pytest.raises(ValueError, match='warmup_epochs'):
+    optimizer.make_schedule(config, 10, 5.0)
+
+
+def test_one_update_equals_adamw_by_hand():
+  config = make_config(**{
+    'optimizer.weight_decay': 0.1,
+    'optimizer.clip_norm': 1.0,
+    'optimizer.layer_decay': 0.5,
+  })
+  params = {
+    'layers_0': {'kernel': jnp.full((2, 2), 2.0), 'scale': jnp.full(2, 3.0)},
+    'head': {'kernel': jnp.full((2, 2), 1.0)},
+  }
+  grads = jax.tree.map(lambda x: jnp.full_like(x, 5.0), params)
+  tx = optimizer.make_optimizer(config, lambda step: 0.01)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  # The first Adam step is the sign of the (clipped) gradient.
+  want = {
+    'layers_0': {'kernel': -0.01 * 0.5 * 1.2, 'scale': -0.01 * 0.5},
+    'head': {'kernel': -0.01 * 1.1},
+  }
+  for name, value in by_path(want).items():
+    np.testing.assert_allclose(by_path(updates)[name], value, rtol=1e-5)
+
+
+def test_config_is_locked():
+  assert isinstance(common.base(), ml_collections.ConfigDict)
+  with pytest.raises(KeyError):
+    make_config(**{'optimizer.lr': 1.0})
