@@ -1,5 +1,7 @@
 """Depthwise causal convolution over tokens, as shifted adds."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -13,24 +15,26 @@ def causal_conv1d(
 ) -> jax.Array:
   """Depthwise causal convolution along the tokens.
 
-  y_t = f(bias + sum_k weight_k x_{t - (K-1) + k}), x before the start is 0:
-  the last tap meets the token itself. K shifted multiply-adds that XLA fuses
-  into one pass; its grouped convolution is slow on CPU.
+    y_t = f(bias + sum_k weight_k * x_{t - (K - 1) + k}),  x_t = 0 for t < 0,
 
-  Source: the `conv1d` of Mamba-2, arXiv 2405.21060, section 7; it equals
-  `jax.lax.conv_general_dilated` with K-1 zeros on the left and one group per
-  channel.
+  so that the last tap meets the token itself. It equals
+  `jax.lax.conv_general_dilated` with K - 1 zeros on the left and one group
+  per channel, which XLA runs slowly on CPU; K shifted multiply-adds fuse into
+  one pass over x.
+
+  Source: the `conv1d` of Mamba-2's block, arXiv 2405.21060, section 7.
 
   Args:
-    x: (B, L, channels), float32 or bfloat16.
+    x: (B, L, channels), float32 or bfloat16; any L from 1.
     weight: (K, channels). The released (channels, 1, K) is its transpose.
-    bias: (channels,), or None.
+    bias: (channels,), or None for zero.
     activation: None or 'silu'.
 
   Returns:
-    (B, L, channels) in x's dtype.
+    y (B, L, channels) in x's dtype.
 
-  Numerics: products, sum, bias and activation in float32, rounded once.
+  Numerics: products, sum, bias and activation in float32, rounded once. The
+  gradient recomputes the sum and keeps only x.
 
   Raises:
     ValueError: for a shape or an activation that does not fit.
@@ -38,7 +42,7 @@ def causal_conv1d(
   if x.ndim != 3:
     raise ValueError(f'x must be (B, L, channels), got {x.shape}')
   channels = x.shape[-1]
-  if weight.ndim != 2 or weight.shape[1] != channels:
+  if weight.ndim != 2 or 0 in weight.shape or weight.shape[1] != channels:
     raise ValueError(
       f'weight has shape {weight.shape}, expected (K, {channels}) for x of '
       f'shape {x.shape}'
@@ -50,14 +54,18 @@ def causal_conv1d(
     )
   if activation not in (None, 'silu'):
     raise ValueError(f"activation must be None or 'silu', got {activation!r}")
+  return _shifted_adds(x, weight, bias, activation)
 
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _shifted_adds(x, weight, bias, activation):
+  """The sum over taps, then the activation."""
   taps, length = weight.shape[0], x.shape[1]
   weight = weight.astype(jnp.float32)
-  padded = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))
-  y = sum(
-    padded[:, k : k + length].astype(jnp.float32) * weight[k]
-    for k in range(taps)
-  )
+  y = x.astype(jnp.float32) * weight[-1]
+  for shift in range(1, min(taps, length)):
+    earlier = jnp.pad(x[:, :-shift], ((0, 0), (shift, 0), (0, 0)))
+    y += earlier.astype(jnp.float32) * weight[taps - 1 - shift]
   if bias is not None:
     y += bias.astype(jnp.float32)
   if activation == 'silu':

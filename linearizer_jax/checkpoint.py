@@ -13,6 +13,7 @@ import logging
 import os
 import pathlib
 
+from etils import epath
 from flax import traverse_util
 import grain
 import jax
@@ -148,10 +149,11 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
     raise ValueError(
       f'{directory} has no step {step}; saved steps: {sorted(steps)}.'
     )
-  path = directory / str(step) / STATE
+  path = epath.Path(directory / str(step) / STATE)
   # The tree on disk decides: what is restored need not be what trains now.
-  with ocp.PyTreeCheckpointer() as reader:
-    tree = _tree_metadata(reader, path)
+  reader = ocp.PyTreeCheckpointHandler()
+  try:
+    tree = reader.metadata(path).tree
     key = 'ema' if ema and tree.get('ema') else 'params'
     roles = [name for name in ('student', 'teacher') if name in tree[key]]
     if role not in (None, *roles):
@@ -169,6 +171,8 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
         partial_restore=True,
       ),
     )
+  finally:
+    reader.close()
   info = {'stage': stage, 'step': step, 'config': config}
   return params[key][role], info
 
@@ -229,17 +233,17 @@ def merge_params(target, loaded, source, may_lack=('head',)):
   ]
   if missing or extra or wrong:
     raise ValueError(
-      f'{source} does not fit the model. Missing: {sorted(missing) or "none"}; '
-      f'extra: {sorted(extra) or "none"}; of another shape: {wrong or "none"}. '
-      'Choose the model these weights were made for (config.student, '
-      'config.teacher) or other weights.'
+      f'{source} does not fit the model. Missing: {_few(missing)}; extra: '
+      f'{_few(extra)}; of another shape: {_few(wrong)}. Choose the model these '
+      'weights were made for (config.student, config.teacher) or other weights.'
     )
   return traverse_util.unflatten_dict(merged, sep='/')
 
 
-def _tree_metadata(reader, path):
-  metadata = reader.metadata(path)
-  return getattr(metadata, 'item_metadata', metadata).tree
+def _few(names):
+  """The first names of a list, and how many more there are."""
+  names, more = sorted(names), max(0, len(names) - 6)
+  return ', '.join(names[:6] + [f'{more} more'] * bool(more)) or 'none'
 
 
 def _last_stage(source, config):

@@ -348,7 +348,7 @@ class Distill:
         terms = self._terms(params['heads'], outputs | {'s': s})
         return self._weigh(terms)[1][name]
 
-      return optax.global_norm(jax.grad(value)(outputs['s'][last]))
+      return optax.tree.norm(jax.grad(value)(outputs['s'][last]))
 
     for name in ('match', 'predict'):
       if getattr(
@@ -551,8 +551,8 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
       decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
       ema = optax.incremental_update(params, ema, 1 - decay)
     metrics |= {
-      'gradient_norm': optax.global_norm(grads),
-      'parameter_norm': optax.global_norm(params),
+      'gradient_norm': optax.tree.norm(grads),
+      'parameter_norm': optax.tree.norm(params),
     }
     state = TrainState(state.step + 1, params, opt_state, ema)
     return state, metrics

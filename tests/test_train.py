@@ -18,7 +18,7 @@ from linearizer_jax import checkpoint, metrics, steps, train
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def tiny(task='classify', **changes):
+def tiny(task='classify', /, **changes):
   """A run of one stage on generated images that compiles fast."""
   config = common.smoke(common.base())
   config.task = task
@@ -200,13 +200,13 @@ def test_weights_that_are_not_there_are_named(tmp_path):
       },
     )
     with pytest.raises((ValueError, FileNotFoundError), match=words):
-      run(config, tmp_path / 'run')
+      run(config, tmp_path / name)
 
 
 def test_weights_of_another_size_are_refused_with_both_sides(tmp_path):
   run(tiny(**{'student.width': 8}), tmp_path / 'narrow')
   config = tiny('classify', init=str(tmp_path / 'narrow'))
-  with pytest.raises(ValueError, match=r'norm.*\(8,\), expected \(16,\)'):
+  with pytest.raises(ValueError, match=r'ln_post/scale \(8,\), expected \(16,\)'):
     run(config, tmp_path / 'run')
 
 

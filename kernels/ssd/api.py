@@ -103,9 +103,7 @@ def ssd(
   if D is not None:
     D = jnp.broadcast_to(D.reshape(heads, -1), (heads, head_dim))
     D = D.astype(jnp.float32)
-  dt, A, initial_state = (
-    a.astype(jnp.float32) for a in (dt, A, initial_state)
-  )
+  dt, A, initial_state = (a.astype(jnp.float32) for a in (dt, A, initial_state))
   run = IMPLEMENTATIONS[implementation]
   y, state = run(x, dt, A, B, C, D, initial_state, chunk_size)
   return (y, state) if return_final_state else y

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import pickle
 import re
 
 import huggingface_hub
@@ -78,20 +77,23 @@ def load_teacher(name, weights=None, *, key=None, **overrides):
       "a checkpoint of this project, or to 'random'."
     )
   path = find_weights(weights or row.source)
-  check_archive_sha256(path, row.archive)
   model = create_model(row.model, **{**published_fields(path), **overrides})
   images = jax.ShapeDtypeStruct((1, *as_pair(model.image_size), 3), jnp.float32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
-  return model, {'params': load_weights(path, row.family, shapes)}, row
+  params = load_weights(path, row.family, shapes, archive=row.archive)
+  return model, {'params': params}, row
 
 
-def load_weights(source, family, shapes):
+def load_weights(source, family, shapes, *, archive=None, activation=None):
   """Published weights as parameters of one of our models.
 
   Args:
     source: see `find_weights`.
     family: a key of FAMILIES.
     shapes: parameter tree of the model, of anything with shape and dtype.
+    archive: as in `models.teachers.Teacher`, for its checksum, or None.
+    activation: the model's; weights that ask for another are refused. None:
+      whatever they ask for.
 
   Returns:
     Nested dict of numpy arrays.
@@ -102,9 +104,16 @@ def load_weights(source, family, shapes):
       what is missing, what is extra and what has another shape.
   """
   path = find_weights(source)
-  return tables.from_state_dict(
-    FAMILIES[family], read_tensors(path), shapes, path
-  )
+  check_archive_sha256(path, archive)
+  published = activation and published_fields(path).get('activation')
+  if published and published != activation:
+    raise ValueError(
+      f'the config beside {path} asks for activation {published!r}, the model '
+      f'has {activation!r} and would compute something else. Set its field '
+      f'activation={published!r}, or choose the teacher these weights are of.'
+    )
+  tensors = read_tensors(path)
+  return tables.from_state_dict(FAMILIES[family], tensors, shapes, path)
 
 
 def find_weights(source):
@@ -261,29 +270,38 @@ def read_tensors(path):
     path: a file that ends in .safetensors, .pt, .pth or .bin. A torch file may
       hold the tensors themselves or a dict with 'state_dict' or 'model'.
 
+  Returns:
+    Numpy arrays; from a torch file that is no TorchScript archive all float32.
+
   Raises:
-    ValueError: another kind of file, a truncated one, or one with code in it.
+    ValueError: another kind of file, a damaged one, or one with code in it.
+    ImportError: a torch file that cannot be read without torch.
   """
   path = pathlib.Path(path)
-  if path.suffix == '.safetensors':
-    return _read_safetensors(path)
-  if path.suffix not in TORCH_SUFFIXES:
+  if path.suffix not in ('.safetensors', *TORCH_SUFFIXES):
     raise ValueError(
-      f'{path} is no kind of weights file that is known here: '
-      f'.safetensors, {", ".join(TORCH_SUFFIXES)}.'
+      f'{path} is no kind of weights file that is known here: .safetensors, '
+      f'{", ".join(TORCH_SUFFIXES)}.'
     )
-  return read_torchscript(path) if is_torchscript(path) else _read_torch(path)
+  try:
+    if path.suffix == '.safetensors':
+      return _read_safetensors(path)
+    return read_torchscript(path) if is_torchscript(path) else _read_torch(path)
+  except (ImportError, OSError):
+    raise
+  # A parser trips over damaged bytes in any way there is.
+  except Exception as error:
+    cause = (str(error).splitlines() or [''])[0]
+    raise ValueError(
+      f'{path} is damaged, truncated, or holds more than tensors, which is '
+      f'never executed here ({type(error).__name__}: {cause}). Download it '
+      'again, or take the safetensors file of the same weights.'
+    ) from error
 
 
 def _read_safetensors(path):
-  try:
-    with safetensors.safe_open(path, framework='numpy') as f:
-      return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-  except safetensors.SafetensorError as error:
-    raise ValueError(
-      f'{path} is damaged, truncated or no safetensors file ({error}). '
-      'Download it again.'
-    ) from error
+  with safetensors.safe_open(path, framework='numpy') as f:
+    return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
 
 
 def _read_torch(path):
@@ -294,16 +312,9 @@ def _read_torch(path):
       f'{path} is a torch file: install the extra [torch], or convert the file '
       'to safetensors where torch is installed.'
     ) from error
-  try:
-    with torch.serialization.safe_globals([argparse.Namespace]):
-      tensors = torch.load(path, map_location='cpu', weights_only=True)
-  except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
-    raise ValueError(
-      f'{path} is damaged, truncated, or holds more than tensors, which is '
-      f'never unpickled here ({str(error).splitlines()[0]}).'
-    ) from error
-  if not isinstance(tensors, dict):
-    raise ValueError(f'{path} holds a {type(tensors).__name__}, not a dict.')
+  # Released Adventurers hold their training arguments as a Namespace.
+  with torch.serialization.safe_globals([argparse.Namespace]):
+    tensors = torch.load(path, map_location='cpu', weights_only=True)
   for wrapper in ('state_dict', 'model'):
     tensors = tensors.get(wrapper, tensors)
   return {

@@ -196,7 +196,8 @@ def _refuse_mismatch(expected, found, nameless, ignored, source):
   if parts:
     raise ValueError(
       f'{source} does not fit the model. {"; ".join(parts)}. Choose the model '
-      'these weights were made for, or the weights of this model.'
+      'these weights were made for (num_classes=0 leaves a head out), or the '
+      'weights of this model.'
     )
 
 

@@ -60,27 +60,17 @@ def read_torchscript(path):
     Numpy arrays under the names of the module's state_dict.
 
   Raises:
-    ValueError: damaged, or not of the form that `torch.jit.save` writes.
+    Exception: damaged, or not of the form that `torch.jit.save` writes.
   """
-  try:
-    with zipfile.ZipFile(path) as archive:
-      [description] = [
-        name
-        for name in archive.namelist()
-        if name.endswith('/data.pkl') and name.count('/') == 1
-      ]
-      tree = _parse(archive.read(description))
-      folder = description.removesuffix('.pkl')
-      return {
-        name: _tensor(archive, folder, call) for name, call in _calls(tree)
-      }
-  except (
-    *(ArithmeticError, AttributeError, LookupError, RecursionError),
-    *(TypeError, ValueError, zipfile.BadZipFile),
-  ) as error:
-    raise ValueError(
-      f'{path} is damaged, truncated or no TorchScript archive ({error!r}).'
-    ) from error
+  with zipfile.ZipFile(path) as archive:
+    [description] = [
+      name
+      for name in archive.namelist()
+      if name.endswith('/data.pkl') and name.count('/') == 1
+    ]
+    tree = _parse(archive.read(description))
+    folder = description.removesuffix('.pkl')
+    return {name: _tensor(archive, folder, call) for name, call in _calls(tree)}
 
 
 def _parse(pickled):
@@ -103,6 +93,9 @@ def _parse(pickled):
         marks.append(len(stack))
       case 'TUPLE':
         stack.append(tuple(pop_marked()))
+      case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+        size = int(opcode.name[-1])
+        stack[-size:] = [tuple(stack[-size:])]
       case 'SETITEMS':
         items = pop_marked()
         stack[-1].update(zip(items[::2], items[1::2], strict=True))

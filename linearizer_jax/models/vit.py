@@ -214,7 +214,7 @@ class ViT(nn.Module):
     drop_path: rate of the last block, growing linearly from 0 at the first.
     attention_implementation: None or 'xla' is plain XLA on any device; 'cudnn'
       is the fused kernel of CUDA devices (bfloat16 only).
-    remat: recompute each block in the backward pass.
+    remat: 'none', or 'full' to recompute each block in the backward pass.
     dtype: of matrix products and activations; parameters are float32.
     residual_dtype: of the residual stream. At the last block of random CLIP
       B/16 and L/14 with dtype bfloat16, a float32 stream is off by 0.4 and 0.4
@@ -242,7 +242,7 @@ class ViT(nn.Module):
   use_mask_token: bool = False
   drop_path: float = 0.0
   attention_implementation: str | None = None
-  remat: bool = False
+  remat: str = 'none'
   dtype: jnp.dtype = jnp.float32
   residual_dtype: jnp.dtype = jnp.float32
 
@@ -283,7 +283,9 @@ class ViT(nn.Module):
       x = norm(self.residual_dtype, 'ln_pre')(x)
 
     out = {}
-    block_class = nn.remat(Block, static_argnums=(2,)) if self.remat else Block
+    block_class = Block
+    if self.remat == 'full':
+      block_class = nn.remat(Block, static_argnums=(2,))
     for n in range(self.depth):
       x = block_class(
         num_heads=self.num_heads,
@@ -314,6 +316,16 @@ class ViT(nn.Module):
     head = nn.Dense(self.num_classes, kernel_init=head_init, name='head')
     return head(out['class'].astype(jnp.float32)), out
 
+  def final_norm(self, params, tokens):
+    """The final norm alone, as `apply` computes out['normed']."""
+    norm = nn.LayerNorm(
+      self.layer_norm_eps,
+      dtype=self.dtype,
+      use_fast_variance=False,
+      parent=None,
+    )
+    return norm.apply({'params': params['ln_post']}, tokens)
+
   def check_fields(self, token_mask):
     """Refuses what would otherwise fail late or pass unnoticed."""
     if self.activation not in ACTIVATIONS:
@@ -325,6 +337,8 @@ class ViT(nn.Module):
         f'attention_implementation {self.attention_implementation!r} is not '
         f'one of {ATTENTIONS}.'
       )
+    if self.remat not in ('none', 'full'):
+      raise ValueError(f"remat is {self.remat!r}; expected 'none' or 'full'.")
     if self.width % self.num_heads:
       raise ValueError(
         f'width {self.width} cannot be split into {self.num_heads} heads; '
@@ -384,33 +398,6 @@ class ViT(nn.Module):
       self.dtype,
       name='attnpool',
     )(x)
-
-
-def resize_images(images, size):
-  """Bicubic, antialiased resizing, for a teacher whose grid must fit.
-
-  Equals `torch.nn.functional.interpolate(mode='bicubic', align_corners=False,
-  antialias=True)`.
-
-  Args:
-    images: (B, H, W, C) float.
-    size: (height, width) in pixels.
-
-  Returns:
-    (B, height, width, C) in images' dtype, `images` itself where the size is
-    theirs. Computed in float32; like any cubic filter it can overshoot.
-  """
-  if images.shape[1:3] == tuple(size):
-    return images
-  shape = (images.shape[0], *size, images.shape[-1])
-  resized = jax.image.resize(
-    images.astype(jnp.float32),
-    shape,
-    jax.image.ResizeMethod.CUBIC,
-    antialias=True,
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return resized.astype(images.dtype)
 
 
 TINY = dict(width=192, depth=12, num_heads=3)
