@@ -22,23 +22,23 @@ LOSSES = {
 }
 # Of the supervised student; the best of the three counts.
 RATES = {'low': 3e-4, 'middle': 1e-3, 'high': 3e-3}
-DISTILL_STEPS, FINETUNE_STEPS = 1500, 300
+DISTILL_STEPS, FINETUNE_STEPS = 800, 200
 
 
 def get_config(argument=None):
   options = common.parse(argument, losses=False)
   config = common.base()
   config.data.name = 'digits'
-  config.data.image_size = 16  # 64 tokens of 2 x 2 pixels
+  config.data.image_size = 14  # 49 tokens of 2 x 2 pixels
   config.data.crop_scale = None
   config.data.flip = False
-  config.data.shift_pixels = 2
+  config.data.shift_pixels = 1
   config.data.rotate_degrees = 12.0
   config.data.eval_crop = 1.0
   config.data.num_workers = 0
   config.data.labels_seed = config.get_ref('seed')
-  config.batch_size = 128
-  config.eval_batch_size = 360
+  config.batch_size = 64
+  config.eval_batch_size = 120
   config.log.every_steps = 20
   config.log.eval_every_epochs = 0.0
   config.checkpoint.every_steps = 200
@@ -52,20 +52,20 @@ def get_config(argument=None):
   for section in (config.student, config.teacher):
     section.dtype = 'float32'
     section.width, section.depth, section.patch_size = 64, 4, 2
-  config.student.head_dim = 32
+  config.student.head_dim = 64
   config.student.state_dim = 16
-  config.teacher.num_heads = 4
+  config.teacher.num_heads = 2
   config.teacher.weights = 'stage:teacher'
 
   labels = dict(labels_per_class=10)
   few = dict(
     task='classify',
     data=labels,
-    batch_size=100,
+    batch_size=50,
     schedule=dict(warmup_epochs=20.0),
     log=dict(every_steps=20),
   )
-  teacher = dict(task='classify', train_role='teacher', steps=800)
+  teacher = dict(task='classify', train_role='teacher', steps=500)
   per_stage = {
     'teacher': teacher,
     'distill': dict(steps=DISTILL_STEPS),

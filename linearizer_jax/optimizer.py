@@ -13,6 +13,7 @@ NO_DECAY = (
   'mask_token',
   'class_embedding',
   'positional_embedding',
+  'registers',
 )
 BLOCK = re.compile(r'^(?:layers|resblocks)_(\d+)$')
 EMBEDDINGS = ('patch_embed', 'conv1', 'ln_pre', *NO_DECAY)

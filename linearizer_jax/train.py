@@ -362,7 +362,7 @@ def load_network(config, source, role, shapes, workdir):
     params, info = checkpoint.load_params(
       workdir, stage=source.removeprefix('stage:'), role=role
     )
-  elif (pathlib.Path(source) / 'config.json').is_file() and source:
+  elif source and any(pathlib.Path(source).glob('*/checkpoints')):
     params, info = checkpoint.load_params(source, role=role)
   else:
     row = teachers.TEACHERS.get(config[role].name)
@@ -372,7 +372,13 @@ def load_network(config, source, role, shapes, workdir):
         "'stage:NAME' or the work directory of a run. Change "
         'config.teacher.weights or config.init.'
       )
-    return load.load_weights(source or row.source, row.family, shapes)
+    return load.load_weights(
+      source or row.source,
+      row.family,
+      shapes,
+      archive=row.archive,
+      activation=models.create_model(row.model).activation,
+    )
   _log.info('%s from %s, step %d', role, info['stage'], info['step'])
   return params
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from linearizer_jax.kernels.ssd import reference, xla
+from . import reference, xla
 
 # name -> f(x, dt, A, B, C, D, initial_state, chunk_size) -> (y, final state).
 # All arguments are checked and broadcast: dt, A, D, initial_state float32,

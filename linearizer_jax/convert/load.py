@@ -48,7 +48,7 @@ def load_teacher(name, weights=None, *, key=None, **overrides):
     name: a row of `models.teachers.TEACHERS`.
     weights: a file, a folder or a hub repository (see `find_weights`), None for
       the repository of the row, or 'random' for initialised parameters.
-    key: of the random parameters.
+    key: of the random parameters; None means jax.random.key(0).
     **overrides: fields of the model, such as dtype='bfloat16'.
 
   Returns:
@@ -70,6 +70,7 @@ def load_teacher(name, weights=None, *, key=None, **overrides):
   if weights == 'random':
     model = create_model(row.model, **overrides)
     images = jnp.zeros((1, *as_pair(model.image_size), 3))
+    key = jax.random.key(0) if key is None else key
     return model, jax.jit(model.init)(key, images), row
   if row.family is None:
     raise ValueError(

@@ -18,10 +18,10 @@ Everything here is numpy: a tensor is whatever np.asarray takes.
 """
 
 import itertools
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
 import numpy as np
-from flax import traverse_util
 
 # kind of one array -> (theirs to ours, ours to theirs). Each pair is exact.
 TRANSFORMS = {
@@ -51,9 +51,27 @@ LAYERS = {
 SHOWN = 6  # names listed in an error before the rest is only counted
 
 
-def _paths(params):
+def _paths(params, parent=''):
   """Nested parameters -> {'resblocks_0/ln_1/scale': leaf}."""
-  return traverse_util.flatten_dict(params, sep='/')
+  paths = {}
+  for name, value in params.items():
+    if isinstance(value, Mapping):
+      paths |= _paths(value, f'{parent}{name}/')
+    else:
+      paths[parent + name] = value
+  return paths
+
+
+def _nested(paths):
+  """The inverse of `_paths`."""
+  params = {}
+  for path, leaf in paths.items():
+    *parents, name = path.split('/')
+    layer = params
+    for parent in parents:
+      layer = layer.setdefault(parent, {})
+    layer[name] = leaf
+  return params
 
 
 def _expanded(table, paths):
@@ -151,7 +169,7 @@ def from_state_dict(tables, tensors, shapes, source='the given tensors'):
       f'{source} holds NaN or infinite values in {_listed(broken)}. The file '
       'is damaged, or comes from a run that diverged: take another one.'
     )
-  return traverse_util.unflatten_dict(params, sep='/')
+  return _nested(params)
 
 
 def _spelled(table, tensors):
