@@ -51,9 +51,10 @@ def imported(path):
       for alias in node.names:
         yield alias.name
     elif isinstance(node, ast.ImportFrom):
-      assert not node.level, f'{path}: relative import'
+      # A relative import stays in its room: every room is one folder.
+      base = f'{OURS}.{room_of(path)}' if node.level else node.module
       for alias in node.names:
-        yield f'{node.module}.{alias.name}'
+        yield f'{base}.{alias.name}'
 
 
 def files():

@@ -125,10 +125,10 @@ def exact(args, dy, dstate):
   }
 
 
-def run(args, cotangents, **options):
+def run(args, cotangents, compiler_options=None, **options):
   """y, final state and all gradients, by name."""
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=compiler_options)
   def value_and_gradients(args, cotangents):
     def f(args):
       return ssd(**args, return_final_state=True, **options)
@@ -163,10 +163,15 @@ def assert_close(got, want, tolerance):
   assert not messages, '\n'.join(messages)
 
 
+# Rows of the grid that are compiled as for a user; the others, which are many,
+# without LLVM's optimisations, which takes a third of the time.
+FAST = {(1, 16), (3, 16), (66, 16), (198, 64), (257, 128)}
+QUICK_COMPILE = {'xla_backend_optimization_level': 0}
+
+
 def grid():
   """Every length with every chunk; groups and states take turns."""
   lengths = (1, 2, 3, 66, 197, 198, 255, 256, 257, 786, 3138)
-  fast = {(1, 16), (3, 16), (66, 16), (198, 64), (257, 128)}
   pairs = itertools.product(lengths, (16, 64, 128, 256))
   pairs = [(n, q) for n, q in pairs if q == 16 or q < 2 * n]
   rows = []
@@ -176,7 +181,7 @@ def grid():
       chunk,
       (1, 2, 4)[i % 3],
       i % 2 == 0,
-      marks=[] if (length, chunk) in fast else pytest.mark.slow,
+      marks=[] if (length, chunk) in FAST else pytest.mark.slow,
     )
     rows.append(row)
   return rows

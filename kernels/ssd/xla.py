@@ -11,6 +11,7 @@ transpose.
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -48,19 +49,19 @@ def ssd_xla(
   q = min(chunk_size or _XLA_CHUNK, length)
   # A padded token has dt = 0, which leaves the state as it is.
   x_c, dt_c, B_c, C_c = (_pad_to_chunks(a, q) for a in (x, dt, B, C))
-  x_c, dt_c, cs = _heads_first(x_c, dt_c, A, groups)  # (B, c, G, R, Q, P)
+  x_c, dt_c, a = _heads_first(x_c, dt_c, A, groups)  # (B, c, G, R, Q, P)
 
-  y = _within_chunk(x_c, dt_c, cs, B_c, C_c)  # 1.
-  states = _state_added(x_c, dt_c, cs, B_c)  # 2.
+  y = _within_chunk(x_c, dt_c, a, B_c, C_c)  # 1.
+  states = _state_added(x_c, dt_c, a, B_c)  # 2.
   # 3. state_c = decay_c state_{c-1} + added_c, the initial state in front.
-  decay = _per_state(jnp.exp(sum(cs)[..., -1]))
+  decay = _per_state(jnp.exp(jnp.sum(a, axis=-1)))
   decay = jnp.concatenate([jnp.ones_like(decay[:, :1]), decay], axis=1)
   first = _state_in(initial_state, groups)[:, None]
   states = jnp.concatenate([first, states], axis=1)
   _, states = lax.associative_scan(
     lambda a, b: (a[0] * b[0], b[0] * a[1] + b[1]), (decay, states), axis=1
   )
-  y += _from_state(states[:, :-1], cs, C_c)  # 4.
+  y += _from_state(states[:, :-1], a, C_c)  # 4.
   if D is not None:
     y += D.reshape(groups, -1, 1, head_dim) * x_c
 
@@ -102,14 +103,14 @@ def ssd_xla_scan(
     )
     is_new = start + jnp.arange(q) >= chunk * q
     dt_c = jnp.where(is_new[:, None], dt_c, 0.0)
-    x_c, dt_c, cs = _heads_first(x_c, dt_c, A, groups)  # (B, G, R, Q, P)
+    x_c, dt_c, a = _heads_first(x_c, dt_c, A, groups)  # (B, G, R, Q, P)
 
-    y = _within_chunk(x_c, dt_c, cs, B_c, C_c)  # 1.
-    y += _from_state(state, cs, C_c)  # 4.
+    y = _within_chunk(x_c, dt_c, a, B_c, C_c)  # 1.
+    y += _from_state(state, a, C_c)  # 4.
     if D is not None:
       y += D.reshape(groups, -1, 1, head_dim) * x_c
-    decay = _per_state(jnp.exp(sum(cs)[..., -1]))
-    state = decay * state + _state_added(x_c, dt_c, cs, B_c)  # 2. and 3.
+    decay = _per_state(jnp.exp(jnp.sum(a, axis=-1)))
+    state = decay * state + _state_added(x_c, dt_c, a, B_c)  # 2. and 3.
     y = jnp.moveaxis(y.astype(x.dtype), -2, 1)  # (B, Q, G, R, P)
     return state, y.reshape(batch, q, heads, head_dim)
 
@@ -121,68 +122,64 @@ def ssd_xla_scan(
   return jnp.concatenate([y, last], axis=1), _state_out(state)
 
 
-def _within_chunk(x, dt, cs, B, C):
+def _within_chunk(x, dt, a, B, C):
   """1. What a chunk's own tokens give: (C B' o decay) (dt x)."""
   scores = _einsum('...ign,...jgn->...gij', C, B)
-  scores = scores[..., None, :, :] * _decay_matrix(cs)  # (..., G, R, Q, Q)
+  scores = scores[..., None, :, :] * _decay_matrix(a)  # (..., G, R, Q, Q)
   x_dt = (x * dt[..., None]).astype(x.dtype)
   return _einsum('...ij,...jp->...ip', scores.astype(x.dtype), x_dt)
 
 
-def _state_added(x, dt, cs, B):
+def _state_added(x, dt, a, B):
   """2. What a chunk adds to the state: B' (decay to its end, dt, x)."""
-  to_end = jnp.exp(_difference([a[..., -1:] for a in cs], cs))
+  to_end = jnp.exp(_sum_where(operator.gt, a))
   x_dt = (x * (dt * to_end)[..., None]).astype(x.dtype)
   return _einsum('...jgn,...grjp->...gnrp', B, x_dt)
 
 
-def _from_state(state, cs, C):
+def _from_state(state, a, C):
   """4. What the state before a chunk gives: decay (C state)."""
+  from_start = jnp.exp(_sum_where(operator.le, a))
   y = _einsum('...ign,...gnrp->...grip', C, state.astype(C.dtype))
-  return jnp.exp(sum(cs))[..., None] * y
+  return from_start[..., None] * y
 
 
-def _decay_matrix(cs):
-  """exp(cs_i - cs_j) for j < i, 1 for j = i, 0 above: (..., Q, Q)."""
-  q = cs[0].shape[-1]
-  difference = _difference(
-    [a[..., :, None] for a in cs], [a[..., None, :] for a in cs]
-  )
+def _decay_matrix(a):
+  """exp(a_{j+1} + ... + a_i) for j < i, 1 for j = i, 0 above: (..., Q, Q).
+
+  A cumulative sum of 200 is known to 1e-5 only, and so would be the decay
+  between two neighbours. Multiples of 2^-10 are summed exactly up to 2^14 and
+  what is left of each term stays small, so that differences of these two sums
+  are accurate at any chunk size.
+  """
+  high = lax.stop_gradient(jnp.round(a * 1024) / 1024)
+  high, low = (_sum_where(operator.le, part) for part in (high, a - high))
+  high, low = (cs[..., :, None] - cs[..., None, :] for cs in (high, low))
+  difference = high + low
+  # Above 0 only by rounding. The gradient passes the clamp, or dt = 0, where
+  # the difference is 0, would lose a part of it.
+  difference -= lax.stop_gradient(jnp.maximum(difference, 0.0))
   # Masked before exp, so that neither value nor gradient meets an overflow.
   # The diagonal is a constant: its two gradients would cancel only nearly.
+  q = a.shape[-1]
   below = jnp.tril(jnp.ones((q, q), bool), -1)
   otherwise = jnp.where(jnp.eye(q, dtype=bool), 0.0, -jnp.inf)
   return jnp.exp(jnp.where(below, difference, otherwise))
 
 
-def _difference(later, earlier):
-  """Difference of two cumulative sums, clamped at 0 from above."""
-  high, low = (a - b for a, b in zip(later, earlier, strict=True))
-  difference = high + low
-  # Only rounding leads above 0; the gradient passes there, else dt = 0 loses
-  # a part of it.
-  return difference - lax.stop_gradient(jnp.maximum(difference, 0.0))
-
-
-def _cumulative_sum(a):
-  """Sum over the tokens of a chunk, in two parts (high, low).
-
-  A sum of 200 is known to 1e-5 only, and so would be the decay between two
-  neighbours. Multiples of 2^-10 are summed exactly up to 2^14, what is left
-  of each term stays small, and differences of both are accurate at any chunk.
-  """
-  high = lax.stop_gradient(jnp.round(a * 1024) / 1024)
-  # A product with a triangle of ones: far faster than cumsum on CPU.
-  ones = jnp.tril(jnp.ones((a.shape[-1], a.shape[-1])))
-  return [_einsum('...j,ij->...i', part, ones) for part in (high, a - high)]
+def _sum_where(compare, a):
+  """Sum of a_k over compare(k, i): a product, faster than cumsum on CPU."""
+  k = jnp.arange(a.shape[-1])
+  ones = compare(k[:, None], k).astype(a.dtype)
+  return _einsum('...k,ki->...i', a, ones)
 
 
 def _heads_first(x, dt, A, groups):
-  """(..., Q, H, P) -> (..., G, R, Q, P); dt likewise; cumulative dt A."""
+  """(..., Q, H, P) -> (..., G, R, Q, P), dt likewise; a = dt A."""
   x = x.reshape(*x.shape[:-2], groups, -1, x.shape[-1])
   dt = dt.reshape(*dt.shape[:-1], groups, -1)
   x, dt = jnp.moveaxis(x, -4, -2), jnp.moveaxis(dt, -3, -1)
-  return x, dt, _cumulative_sum(dt * A.reshape(groups, -1, 1))
+  return x, dt, dt * A.reshape(groups, -1, 1)
 
 
 def _per_state(decay):

@@ -1,0 +1,189 @@
+"""Time and memory of the implementations of `ssd` at named shapes.
+
+  python kernels/bench.py --shapes cpu_198 cpu_786 \
+    --implementations default reference xla --out bench.json
+
+The programs of one shape run in turns, so that a busy machine slows all of
+them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
+bytes are its cost analysis, which counts the body of a loop once and of a
+Pallas kernel what that declares.
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from linearizer_jax.kernels.ssd import api, ssd
+from linearizer_jax.kernels.ssd.shapes import SHAPES
+
+ROUNDS = (3, 30)  # fewest and most, whatever --seconds
+
+
+def main():
+  options = parse_arguments()
+  device = jax.devices()[0]
+  rows = []
+  for name in options.shapes:
+    shape = SHAPES[name]
+    args, cotangent = make_inputs(shape, options.dtype)
+    for direction, function in (
+      ('forward', forward),
+      ('forward+backward', forward_backward),
+    ):
+      new = [
+        {'shape': name, 'direction': direction, 'implementation': i}
+        for i in options.implementations
+      ]
+      programs = []
+      for row in new:
+        inputs = (args, cotangent)
+        compiled = function(row['implementation']).lower(*inputs).compile()
+        row |= static_figures(compiled)
+        programs.append(
+          compiled if row['temporary_mib'] < 1024 * options.max_gib else None
+        )
+      medians = median_times(programs, (args, cotangent), options.seconds)
+      for row, median in zip(new, medians, strict=True):
+        row['milliseconds'] = median
+        print(json.dumps(row), flush=True)
+      rows += new
+
+  print('\n' + markdown(rows))
+  if options.out:
+    about = {
+      'device': device.device_kind,
+      'platform': device.platform,
+      'jax': jax.__version__,
+      'dtype': options.dtype,
+      'shapes': {name: vars(SHAPES[name]) for name in options.shapes},
+    }
+    with open(options.out, 'w', encoding='utf-8') as f:
+      json.dump(about | {'rows': rows}, f, indent=2)
+
+
+def parse_arguments():
+  """Shapes and implementations by name; what suits a CPU by default."""
+  on_cpu = jax.devices()[0].platform == 'cpu'
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument(
+    '--shapes',
+    nargs='+',
+    choices=SHAPES,
+    default=[name for name in SHAPES if name.startswith('cpu_') == on_cpu],
+  )
+  parser.add_argument(
+    '--implementations',
+    nargs='+',
+    choices=['default', *api.IMPLEMENTATIONS],
+    default=['default', 'reference', 'xla'],
+  )
+  parser.add_argument(
+    '--all', action='store_true', help='every shape and implementation'
+  )
+  parser.add_argument('--dtype', default='float32' if on_cpu else 'bfloat16')
+  parser.add_argument(
+    '--seconds', type=float, default=10, help='per shape and direction'
+  )
+  parser.add_argument(
+    '--max_gib',
+    type=float,
+    default=8,
+    help='programs with more temporary memory are compiled but not run',
+  )
+  parser.add_argument('--out', help='a JSON file to write')
+  options = parser.parse_args()
+  if options.all:
+    options.shapes = list(SHAPES)
+    options.implementations = list(api.IMPLEMENTATIONS)
+  return options
+
+
+def make_inputs(s, dtype):
+  """x, dt, A, B, C, D of a shape, and a cotangent of y."""
+  rng = np.random.default_rng(0)
+
+  def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+  dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.3), (s.batch, s.length, 1)))
+  x = normal(s.batch, s.length, s.heads, s.head_dim)
+  args = (
+    x,
+    jnp.broadcast_to(jnp.float32(dt), x.shape[:3]),
+    -jnp.linspace(1, 16, s.heads),
+    normal(s.batch, s.length, s.groups, s.state_dim),
+    normal(s.batch, s.length, s.groups, s.state_dim),
+    jnp.ones(s.heads),
+  )
+  return args, jnp.flip(x, axis=1)
+
+
+def forward(implementation):
+  """args, cotangent -> y."""
+  name = None if implementation == 'default' else implementation
+  return jax.jit(lambda args, _: ssd(*args, implementation=name))
+
+
+def forward_backward(implementation):
+  """args, cotangent -> y and the gradients of args."""
+  run = forward(implementation)
+
+  def value_and_gradients(args, cotangent):
+    y, pullback = jax.vjp(lambda args: run(args, None), args)
+    return y, pullback(cotangent)
+
+  return jax.jit(value_and_gradients)
+
+
+def static_figures(compiled):
+  """What XLA says about a program without running it."""
+  cost = compiled.cost_analysis() or {}
+  memory = compiled.memory_analysis()
+  return {
+    'temporary_mib': memory.temp_size_in_bytes / 2**20,
+    'gflop': cost.get('flops', 0) / 1e9,
+    'mib_accessed': cost.get('bytes accessed', 0) / 2**20,
+  }
+
+
+def median_times(programs, args, seconds):
+  """Milliseconds of each program, run in turns; None for None."""
+  runnable = [p for p in programs if p is not None]
+  times = {id(p): [] for p in runnable}
+  for p in runnable:
+    jax.block_until_ready(p(*args))
+  fewest, most = ROUNDS
+  start = time.perf_counter()
+  for i in range(most):
+    if i >= fewest and time.perf_counter() - start > seconds:
+      break
+    for p in runnable:
+      before = time.perf_counter()
+      jax.block_until_ready(p(*args))
+      times[id(p)].append(1e3 * (time.perf_counter() - before))
+  return [
+    None if p is None else float(np.median(times[id(p)])) for p in programs
+  ]
+
+
+def markdown(rows):
+  """One line per shape and implementation."""
+  lines = [
+    '| shape | implementation | forward ms | MiB | fwd+bwd ms | MiB |',
+    '|---|---|---|---|---|---|',
+  ]
+  table = {}
+  for row in rows:
+    ms = row['milliseconds']
+    table.setdefault((row['shape'], row['implementation']), []).extend(
+      ['-' if ms is None else f'{ms:.1f}', f'{row["temporary_mib"]:.0f}']
+    )
+  lines += [f'| {" | ".join([*key, *v])} |' for key, v in table.items()]
+  return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+  main()
