@@ -88,7 +88,8 @@ def network(name):
       patch_size=number(int),
       width=number(int),
       depth=number(int),
-      num_heads=number(int),  # ViT
+      num_heads=number(int),  # ViT, as class_token
+      class_token=number(bool),
       head_dim=number(int),  # Adventurer, from here on
       state_dim=number(int),
       flip_blocks=number(object),

@@ -58,11 +58,13 @@ def test_layer_rates():
 
 
 def test_schedule():
-  config = make_config(**{
-    'optimizer.learning_rate': 2.0,
-    'schedule.warmup_epochs': 2.0,
-    'schedule.final_lr': 0.5,
-  })
+  config = make_config(
+    **{
+      'optimizer.learning_rate': 2.0,
+      'schedule.warmup_epochs': 2.0,
+      'schedule.final_lr': 0.5,
+    }
+  )
   schedule = optimizer.make_schedule(config, 100, 5.0)
   want = {0: 0.0, 5: 1.0, 10: 2.0, 55: 1.25, 100: 0.5}
   for step, rate in want.items():
@@ -72,11 +74,13 @@ def test_schedule():
 
 
 def test_one_update_equals_adamw_by_hand():
-  config = make_config(**{
-    'optimizer.weight_decay': 0.1,
-    'optimizer.clip_norm': 1.0,
-    'optimizer.layer_decay': 0.5,
-  })
+  config = make_config(
+    **{
+      'optimizer.weight_decay': 0.1,
+      'optimizer.clip_norm': 1.0,
+      'optimizer.layer_decay': 0.5,
+    }
+  )
   params = {
     'layers_0': {'kernel': jnp.full((2, 2), 2.0), 'scale': jnp.full(2, 3.0)},
     'head': {'kernel': jnp.full((2, 2), 1.0)},

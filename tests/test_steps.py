@@ -55,27 +55,29 @@ def make_outputs(task, batch=3):
       out[f'{name}_class'] = rng.normal(size=(batch, width))
     out['class'] = rng.normal(size=(batch, width))
     out['logits'] = rng.normal(size=(batch, 3))
-    return jax.tree.map(jnp.float32, out)
+    return jax.tree.map(np.float32, out)
 
   t, s = draw(12), draw(8)
-  t['projected'] = jnp.float32(rng.normal(size=(batch, TOKENS, 6)))
-  t['projected_class'] = jnp.float32(rng.normal(size=(batch, 6)))
+  t['projected'] = np.float32(rng.normal(size=(batch, TOKENS, 6)))
+  t['projected_class'] = np.float32(rng.normal(size=(batch, 6)))
   ratio = task.config.distill.mask_ratio
   mask = masking.random_mask(jax.random.key(0), batch, TOKENS, ratio)
   return {'t': t, 's': s, 'full': s, 'mask': mask}
 
 
 def head_params(task):
-  keys = jax.random.split(jax.random.key(1), 9)
+  rng = np.random.default_rng(1)
   return {
     name: {
-      'kernel': jax.random.normal(key, (8, width)),
-      'bias': jnp.zeros(width),
+      'kernel': rng.normal(size=(8, width)).astype(np.float32),
+      'bias': np.zeros(width, np.float32),
     }
-    for key, (name, width) in zip(
-      keys, task._head_widths().items(), strict=False
-    )
+    for name, width in task._head_widths().items()
   }
+
+
+def terms_of(task, outputs):
+  return jax.jit(task._terms)(head_params(task), outputs)
 
 
 def gradients(task):
@@ -85,7 +87,7 @@ def gradients(task):
   def loss(s):
     return task._weigh(task._terms(heads, outputs | {'s': s, 'full': s}))[0]
 
-  return jax.grad(loss)(outputs['s']), outputs
+  return jax.jit(jax.grad(loss))(outputs['s']), outputs
 
 
 def test_matching_sees_visible_tokens_only():
@@ -113,7 +115,7 @@ def test_matched_sets(match_tokens, match_class):
   task = make_task(match_tokens=match_tokens, match_class=match_class)
   outputs = make_outputs(task)
   mask = np.asarray(outputs['mask'])
-  terms = task._terms(head_params(task), outputs)
+  terms = terms_of(task, outputs)
   for stage, block in ((1, 'block00'), (2, 'block01')):
     rows = []
     for i in range(3):
@@ -147,7 +149,7 @@ def test_the_loss_is_the_weighted_sum():
   )
   task = make_task(**weights)
   outputs, heads = make_outputs(task), head_params(task)
-  loss, m = task._weigh(task._terms(heads, outputs))
+  loss, m = task._weigh(terms_of(task, outputs))
   want = (
     0.5 * (m['match_stage1'] + m['match_stage2']) / 2
     + 2 * m['predict']
@@ -178,7 +180,7 @@ def test_feature_loss_at_every_stage_has_a_head_each():
     feature_weight=1.0, feature_stages='all', mask_weight=0.0, mask_ratio=0.0
   )
   assert task._head_widths() == {'feature_stage1': 12, 'feature_stage2': 12}
-  terms = task._terms(head_params(task), make_outputs(task))
+  terms = terms_of(task, make_outputs(task))
   assert set(terms) == {'match_stage1', 'match_stage2', 'feature'}
 
 
@@ -255,14 +257,14 @@ def test_classification_loss_is_smoothed_cross_entropy():
     'label': np.array([0, 1, 2, 1], np.int32),
   }
   key = jax.random.key(0)
-  loss, metrics = task.loss(params, {}, task.prepare(batch, key), key)
+  loss, metrics = jax.jit(task.loss)(params, {}, task.prepare(batch, key), key)
   mean, std = (np.array(x) for x in IMAGENET)
   images = jnp.float32((batch['image'] / 255 - mean) / std)
-  logits, _ = model.apply({'params': params['student']}, images)
+  logits, _ = jax.jit(model.apply)({'params': params['student']}, images)
   target = np.eye(3)[batch['label']] * 0.9 + 0.1 / 3
   want = -(target * np.asarray(jax.nn.log_softmax(logits))).sum(1).mean()
   np.testing.assert_allclose(loss, want, rtol=1e-5)
-  values = task.evaluate(params, {}, batch, key)
+  values = jax.jit(task.evaluate)(params, {}, batch, key)
   np.testing.assert_allclose(
     values['loss'],
     optax.softmax_cross_entropy_with_integer_labels(logits, batch['label']),

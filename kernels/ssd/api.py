@@ -13,19 +13,34 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from . import reference, xla
+from . import pallas_tpu, reference, xla
 
-# name -> f(x, dt, A, B, C, D, initial_state, chunk_size) -> (y, final state).
-# All arguments are checked and broadcast: dt, A, D, initial_state float32,
-# D None or (H, P). A row raises NotImplementedError for what it cannot do.
+
+def _without_options(function):
+  """A row of plain JAX: it always carries a state, and XLA shards it."""
+
+  def run(x, dt, A, B, C, D, initial_state, *, chunk_size, **options):
+    del options
+    if initial_state is None:
+      initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[-1]))
+    return function(x, dt, A, B, C, D, initial_state, chunk_size)
+
+  return run
+
+
+# name -> f(x, dt, A, B, C, D, initial_state, *, chunk_size,
+#   return_final_state, mesh, batch_axes) -> (y, final state).
+# All arguments are checked and cast: dt, A, D, initial_state float32, D (H, P)
+# or None. A row raises NotImplementedError for what it cannot do.
 IMPLEMENTATIONS = {
-  'reference': reference.ssd_reference,
-  'xla': xla.ssd_xla,
-  'xla_scan': xla.ssd_xla_scan,
+  'reference': _without_options(reference.ssd_reference),
+  'xla': _without_options(xla.ssd_xla),
+  'xla_scan': _without_options(xla.ssd_xla_scan),
+  'pallas_tpu': pallas_tpu.ssd_pallas_tpu,
 }
 
 # Platform of the devices -> what `implementation=None` means there.
-DEFAULT_IMPLEMENTATION = {'cpu': 'xla_scan', 'gpu': 'xla', 'tpu': 'xla'}
+DEFAULT_IMPLEMENTATION = {'cpu': 'xla_scan', 'gpu': 'xla', 'tpu': 'pallas_tpu'}
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 
@@ -77,7 +92,7 @@ def ssd(
   Numerics: dt, decay, cumulative sums, states and all sums of products are
   float32; decay is the exponential of clamped differences of cumulative sums,
   masked first. Products take operands in x's dtype, float32 ones at
-  Precision.HIGHEST. Forward and reverse mode.
+  Precision.HIGHEST. Forward and reverse mode; 'pallas_tpu' reverse alone.
 
   Raises:
     ValueError: for a shape, dtype, name or mesh axis that does not fit.
@@ -88,24 +103,31 @@ def ssd(
   if chunk_size is not None and chunk_size < 1:
     raise ValueError(f'chunk_size must be at least 1, got {chunk_size}')
   if implementation is None:
-    platform = _platform(x, mesh)
-    implementation = DEFAULT_IMPLEMENTATION.get(platform, 'xla')
-    _log_choice(platform, implementation)
+    implementation = _choose(x, B, mesh, batch_axes)
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
       f'implementation={implementation!r} is not one of '
       f'{sorted(IMPLEMENTATIONS)} or None'
     )
 
-  batch, _, heads, head_dim = x.shape
-  if initial_state is None:
-    initial_state = jnp.zeros((batch, heads, head_dim, B.shape[-1]))
   if D is not None:
-    D = jnp.broadcast_to(D.reshape(heads, -1), (heads, head_dim))
-    D = D.astype(jnp.float32)
-  dt, A, initial_state = (a.astype(jnp.float32) for a in (dt, A, initial_state))
-  run = IMPLEMENTATIONS[implementation]
-  y, state = run(x, dt, A, B, C, D, initial_state, chunk_size)
+    D = jnp.broadcast_to(D.reshape(x.shape[2], -1), x.shape[2:])
+  D, initial_state = (
+    a if a is None else a.astype(jnp.float32) for a in (D, initial_state)
+  )
+  y, state = IMPLEMENTATIONS[implementation](
+    x,
+    dt.astype(jnp.float32),
+    A.astype(jnp.float32),
+    B,
+    C,
+    D,
+    initial_state,
+    chunk_size=chunk_size,
+    return_final_state=return_final_state,
+    mesh=mesh,
+    batch_axes=batch_axes,
+  )
   return (y, state) if return_final_state else y
 
 
@@ -148,15 +170,42 @@ def _check(x, dt, A, B, C, D, initial_state):
 
 def _check_mesh(mesh, batch_axes):
   """Raises ValueError for batch axes that the mesh does not have."""
-  if batch_axes is None:
-    return
-  axes = (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
+  axes = _axes(batch_axes)
   names = () if mesh is None else mesh.axis_names
   if missing := [a for a in axes if a not in names]:
     raise ValueError(
       f'batch_axes {axes} has {missing}, which the mesh does not have: its '
       f'axes are {tuple(names)}'
     )
+
+
+def _choose(x, B, mesh, batch_axes):
+  """What `implementation=None` means for these arguments."""
+  platform = _platform(x, mesh)
+  implementation = DEFAULT_IMPLEMENTATION.get(platform, 'xla')
+  reason = ''
+  if implementation == 'pallas_tpu':
+    try:
+      pallas_tpu.choose_blocks(x, B)
+    except NotImplementedError as error:
+      implementation, reason = 'xla', f' ({error})'
+    shards = 1
+    for axis in _axes(batch_axes):
+      shards *= mesh.shape[axis]
+    if x.shape[0] % shards:  # as the one image that a model starts from
+      implementation, reason = (
+        'xla',
+        f' (batch {x.shape[0]} on {shards} shards)',
+      )
+  _log_choice(platform, implementation, reason)
+  return implementation
+
+
+def _axes(batch_axes):
+  """Axis names as a tuple."""
+  if batch_axes is None:
+    return ()
+  return (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
 
 
 def _platform(x, mesh):
@@ -170,8 +219,8 @@ def _platform(x, mesh):
 
 
 @functools.cache
-def _log_choice(platform, implementation):
+def _log_choice(platform, implementation, reason):
   """Says once which implementation None stands for on a platform."""
   logging.getLogger('linearizer_jax').info(
-    'ssd on %s: implementation %r', platform, implementation
+    'ssd on %s: implementation %r%s', platform, implementation, reason
   )
