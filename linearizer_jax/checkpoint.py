@@ -13,12 +13,12 @@ import logging
 import os
 import pathlib
 
-from etils import epath
-from flax import traverse_util
 import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
 STATE, DATA = 'state', 'data'

@@ -23,8 +23,8 @@ def evaluate(eval_step, params, frozen, batches, key, place):
   totals = None
   for n, batch in enumerate(batches):
     sums = eval_step(params, frozen, place(batch), jax.random.fold_in(key, n))
-    totals = sums if totals is None else jax.tree.map(
-      lambda a, b: a + b, totals, sums
+    totals = (
+      sums if totals is None else jax.tree.map(lambda a, b: a + b, totals, sums)
     )
   totals = {name: float(v) for name, v in jax.device_get(totals or {}).items()}
   count = totals.pop('count', 0)

@@ -19,8 +19,15 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from linearizer_jax import checkpoint, evaluate, metrics, optimizer, sharding
-from linearizer_jax import models, steps
+from linearizer_jax import (
+  checkpoint,
+  evaluate,
+  metrics,
+  models,
+  optimizer,
+  sharding,
+  steps,
+)
 from linearizer_jax.convert import load
 from linearizer_jax.data import pipeline
 from linearizer_jax.models import layers, teachers

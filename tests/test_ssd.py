@@ -253,7 +253,9 @@ def test_prefix_and_carried_state_are_the_whole(implementation):
   parts, state = [], args['initial_state']
   for part in (slice(None, cut), slice(cut, None)):
     over_time = {k: args[k][:, part] for k in ('x', 'dt', 'B', 'C')}
-    y, state = ssd(**(args | over_time | {'initial_state': state}), **options)
+    y, state = jitted(
+      **(args | over_time | {'initial_state': state}), **options
+    )
     parts.append(y)
   got = {'y': np.concatenate(parts, axis=1), 'state': state}
   assert_close(got, want, FLOAT32)
@@ -417,37 +419,64 @@ def test_named_shapes(name, implementation):
   assert state.dtype == jnp.float32
 
 
-def fake_mesh(platform):
+def fake_mesh(platform, shards=1):
   device = types.SimpleNamespace(platform=platform)
-  return types.SimpleNamespace(devices=np.array([device]), axis_names=('data',))
+  return types.SimpleNamespace(
+    devices=np.array([device] * shards),
+    axis_names=('data',),
+    shape={'data': shards},
+  )
 
 
-def test_implementation_follows_the_platform(monkeypatch, caplog):
-  args, _, _ = make_case(3)
-  chosen = []
-  for name in ALL:
-    spy = lambda x, *_, name=name: (chosen.append(name), x)  # noqa: E731
+@pytest.fixture
+def chosen(monkeypatch):
+  """Names of the implementations that were called, which do nothing."""
+  names = []
+  for name in api.IMPLEMENTATIONS:
+
+    def spy(x, *_, name=name, **options):
+      names.append(name)
+      return x, None
+
     monkeypatch.setitem(api.IMPLEMENTATIONS, name, spy)
   api._log_choice.cache_clear()
-  caplog.set_level(logging.INFO, 'linearizer_jax')
+  return names
 
-  for platform, name in api.DEFAULT_IMPLEMENTATION.items():
-    ssd(**args, mesh=fake_mesh(platform))
-    assert chosen.pop() == name
-  ssd(**args, mesh=fake_mesh('another'))
-  assert chosen.pop() == 'xla'
+
+def test_implementation_follows_the_platform(chosen, caplog):
+  args, _, _ = make_case(3)
+  caplog.set_level(logging.INFO, 'linearizer_jax')
+  for _ in range(2):
+    for platform, name in api.DEFAULT_IMPLEMENTATION.items():
+      ssd(**args, mesh=fake_mesh(platform))
+      assert chosen.pop() == name
+    ssd(**args, mesh=fake_mesh('another'))
+    assert chosen.pop() == 'xla'
   on_cpu = jax.tree.map(jnp.asarray, args)
   ssd(**on_cpu)
   assert chosen.pop() == api.DEFAULT_IMPLEMENTATION['cpu']
   with jax.default_device(jax.devices()[1]):
     jax.eval_shape(ssd, **on_cpu)
   assert chosen.pop() == api.DEFAULT_IMPLEMENTATION['cpu']
-  for name in ALL:  # a name is traced whatever the platform
+  for name in api.IMPLEMENTATIONS:  # a name is traced whatever the platform
     ssd(**args, mesh=fake_mesh('tpu'), implementation=name)
     assert chosen.pop() == name
 
   messages = [record.getMessage() for record in caplog.records]
   assert len(messages) == len(set(messages)) == 4
+
+
+def test_what_the_tpu_kernel_cannot_do_is_left_to_xla(chosen, caplog):
+  args, _, _ = make_case(3)
+  caplog.set_level(logging.INFO, 'linearizer_jax')
+  narrow = {k: args[k][..., :12] for k in ('B', 'C', 'initial_state')}
+  ssd(**(args | narrow), mesh=fake_mesh('tpu'))
+  ssd(**args, mesh=fake_mesh('tpu', shards=3), batch_axes='data')
+  ssd(**args, mesh=fake_mesh('tpu', shards=2), batch_axes='data')
+  assert chosen == ['xla', 'xla', 'pallas_tpu']
+  messages = [record.getMessage() for record in caplog.records]
+  assert '12' in messages[0]
+  assert 'batch 2 on 3 shards' in messages[1]
 
 
 @pytest.mark.parametrize(

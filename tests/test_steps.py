@@ -1,4 +1,4 @@
-"""Tasks: what each loss sees, mixing of images, evaluation of padded batches."""
+"""Tasks: what each loss sees, mixing of images, padded evaluation batches."""
 
 import jax
 import jax.numpy as jnp

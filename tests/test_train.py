@@ -57,7 +57,7 @@ def assert_same_run(one, two):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-class Killed(Exception):
+class KilledError(Exception):
   pass
 
 
@@ -68,7 +68,7 @@ def kill_at(monkeypatch, step):
   def dying(self, at, values):
     add(self, at, values)
     if at == step:
-      raise Killed
+      raise KilledError
 
   monkeypatch.setattr(train.Recorder, 'add', dying)
 
@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
   assert whole['steps'] == 6
   with monkeypatch.context() as patch:
     kill_at(patch, 5)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
       run(config, tmp_path / 'killed', devices)
   again = run(config, tmp_path / 'killed', devices)
   assert sorted(losses(tmp_path / 'killed')) == [1, 2, 3, 4, 5, 6]
@@ -215,7 +215,7 @@ def test_weights_of_another_size_are_refused_with_both_sides(tmp_path):
 def test_another_config_is_refused_by_name(tmp_path):
   checkpoint.claim_workdir(tmp_path, tiny())
   checkpoint.claim_workdir(tmp_path, tiny(**{'log.every_steps': 7}))
-  with pytest.raises(ValueError, match='optimizer.learning_rate was 0.0015'):
+  with pytest.raises(ValueError, match=r'optimizer\.learning_rate was 0\.0015'):
     checkpoint.claim_workdir(tmp_path, tiny(**{'optimizer.learning_rate': 0.1}))
 
 

@@ -3,14 +3,13 @@
 Shape letters: B batch, H and W pixels or patches, L patch tokens, D width.
 """
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 
 # "Truncated normal 0.02" of the released code is cut at +-2, 100 deviations
 # away; JAX's initialiser of that name cuts at two deviations and gives 0.0176.
