@@ -16,6 +16,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from linearizer_jax.kernels.ssd import api, ssd
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
@@ -66,7 +67,8 @@ def main():
 
 def parse_arguments():
   """Shapes and implementations by name; what suits a CPU by default."""
-  on_cpu = jax.devices()[0].platform == 'cpu'
+  platform = jax.devices()[0].platform
+  on_cpu = platform == 'cpu'
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument(
     '--shapes',
@@ -81,7 +83,9 @@ def parse_arguments():
     default=['default', 'reference', 'xla'],
   )
   parser.add_argument(
-    '--all', action='store_true', help='every shape and implementation'
+    '--all',
+    action='store_true',
+    help='every shape, and every implementation of this platform',
   )
   parser.add_argument('--dtype', default='float32' if on_cpu else 'bfloat16')
   parser.add_argument(
@@ -97,7 +101,11 @@ def parse_arguments():
   options = parser.parse_args()
   if options.all:
     options.shapes = list(SHAPES)
-    options.implementations = list(api.IMPLEMENTATIONS)
+    options.implementations = [
+      name
+      for name in api.IMPLEMENTATIONS
+      if 'pallas' not in name or name.endswith(platform)
+    ]
   return options
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from linearizer_jax.kernels.causal_conv1d import causal_conv1d
 
 # At most 4 taps and a bias are summed in float32; weight gradients are sums

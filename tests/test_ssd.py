@@ -12,6 +12,7 @@ import pytest
 from jax import lax
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
 from linearizer_jax.kernels.ssd import api, ssd
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 

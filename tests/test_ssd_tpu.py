@@ -13,10 +13,11 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from test_ssd import BFLOAT16, FLOAT32, assert_close, exact
+
 from linearizer_jax.kernels.cost import block_bytes
 from linearizer_jax.kernels.ssd.pallas_tpu import choose_blocks, ssd_pallas_tpu
 from linearizer_jax.kernels.ssd.shapes import SHAPES
-from test_ssd import BFLOAT16, FLOAT32, assert_close, exact
 
 # Reads of memory that nothing wrote give NaN, reads outside an array and two
 # cores that touch the same memory are errors.
