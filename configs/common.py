@@ -69,9 +69,10 @@ def base():
   config.log = ml_collections.ConfigDict(
     dict(every_steps=50, eval_every_epochs=10.0)  # 0: at the end only
   )
-  # Rows of the table at the end: {row: stages}, the best stage counts.
+  # Rows of the table at the end, (name, stages), of which the best counts, and
+  # networks of the picture of activation maps, (name, stage).
   config.report = ml_collections.ConfigDict(
-    dict(metric='', rows={}, nearest_neighbour='', maps={})
+    dict(metric='', rows=(), nearest_neighbour='', maps=())
   )
   return config.lock()
 

@@ -46,7 +46,10 @@ def get_config(argument=None):
     | dict(init='stage:distill', optimizer=dict(layer_decay=0.75)),
   }
   config.report.metric = 'accuracy'
-  config.report.rows = {'teacher': ('teacher',), 'distilled': ('finetune',)}
+  config.report.rows = (
+    ('teacher', ('teacher',)),
+    ('distilled', ('finetune',)),
+  )
   if options.smoke:
     return common.smoke(config)
   return config

@@ -16,9 +16,9 @@ def write(config, workdir):
   """Writes summary.json and figures of a run, and prints its table.
 
   Args:
-    config: the run's resolved config, a dict. `report.rows` maps a row's name
-      to stages, of which the one with the highest `report.metric` counts;
-      without rows each stage is one, with its loss.
+    config: the run's resolved config, a dict. `report.rows` lists (name,
+      stages) in order; of the stages the one with the highest `report.metric`
+      counts. Without rows each stage is one, with its loss.
     workdir: folder of the run, all of whose stages are done.
 
   Returns:
@@ -33,7 +33,7 @@ def write(config, workdir):
     for stage in config['stages']
   }
   metric = options['metric'] or 'loss'
-  rows = options['rows'] or {stage: (stage,) for stage in results}
+  rows = dict(options['rows'] or [(stage, (stage,)) for stage in results])
   summary = {
     row: max(results[stage][metric] for stage in stages)
     for row, stages in rows.items()
@@ -47,7 +47,7 @@ def write(config, workdir):
 
   figures.loss_curves(workdir, workdir / 'losses.png')
   if options['maps']:
-    _draw_maps(config, workdir, options['maps'], workdir / 'maps.png')
+    _draw_maps(config, workdir, dict(options['maps']), workdir / 'maps.png')
   print(table(metric, summary, rows), f'All of it lies in {workdir}.', sep='\n')
   return summary
 

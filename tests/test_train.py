@@ -250,7 +250,7 @@ def test_sigterm_saves_and_exits(tmp_path):
   flags = [
     '--config=configs/digits.py:smoke',
     "--config.stages=('teacher',)",
-    '--config.report.rows={}',
+    '--config.report.rows=()',
     '--config.steps=100000',
     '--config.checkpoint.every_steps=0',
   ]
