@@ -35,7 +35,8 @@ def write(config, workdir):
   metric = options['metric'] or 'loss'
   rows = dict(options['rows'] or [(stage, (stage,)) for stage in results])
   summary = {
-    row: max(results[stage][metric] for stage in stages)
+    # A distillation has no accuracy: its loss stands in the table.
+    row: max(results[s].get(metric, results[s]['loss']) for s in stages)
     for row, stages in rows.items()
   }
   if options['nearest_neighbour']:
