@@ -52,6 +52,12 @@ setup(
     'tpu': [f'jax[tpu]{JAX}'],
     'cuda': [f'jax[cuda13]{JAX}'],
     'torch': ['torch>=2.4'],
+    'onnx': [
+      'torch>=2.6',
+      'onnx>=1.17',
+      'onnxruntime>=1.20',
+      'onnxscript>=0.2',
+    ],
     'demo': DEMO,
     'test': DEMO + ['pytest>=8', 'pytest-xdist>=3.6', 'ruff==0.17.6'],
   },

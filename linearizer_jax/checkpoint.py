@@ -113,23 +113,20 @@ def restore(manager, step, shapes, iterator):
   return restored[STATE]
 
 
-def load_params(source, *, stage=None, step=None, role=None, ema=True):
-  """Parameters of a stage of a work directory, as NumPy arrays.
+def describe(source, *, stage=None, step=None):
+  """Which checkpoint of a work directory is meant.
 
   Args:
     source: a work directory.
     stage: name of a stage; the last finished one when None, else the last one
       that has a checkpoint.
     step: a saved step; the best when one was tracked, else the newest.
-    role: 'student' or 'teacher'; whichever was trained when None.
-    ema: the average instead of the raw weights, where one was kept.
 
   Returns:
-    (params, info): the parameters of `role`, and {'stage', 'step', 'config'}
-    with the stage's resolved config as a dict.
+    {'stage', 'step', 'config'}, with the stage's resolved config as a dict.
 
   Raises:
-    ValueError: no such directory, stage, step or role, naming those there are.
+    ValueError: no such directory, stage or step, naming those there are.
   """
   config = read_config(source)
   stage = stage or _last_stage(source, config)
@@ -143,13 +140,38 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
   config = resolve_stage(config, stage)
   manager = open_manager(directory, config['checkpoint'])
   steps = manager.all_steps()
-  step = step or manager.best_step() or manager.latest_step()
+  if step is None:
+    step = manager.best_step()
+  if step is None:
+    step = manager.latest_step()
   manager.close()
   if step not in steps:
     raise ValueError(
       f'{directory} has no step {step}; saved steps: {sorted(steps)}.'
     )
-  path = epath.Path(directory / str(step) / STATE)
+  return {'stage': stage, 'step': step, 'config': config}
+
+
+def load_params(source, *, stage=None, step=None, role=None, ema=True):
+  """Parameters of a stage of a work directory, as NumPy arrays.
+
+  Args:
+    source, stage, step: see `describe`.
+    role: 'student' or 'teacher'; whichever was trained when None.
+    ema: the average instead of the raw weights, where one was kept.
+
+  Returns:
+    (params, info): the parameters of `role`, and what `describe` says, with
+    'role'.
+
+  Raises:
+    ValueError: as `describe`; or the stage trained another role.
+  """
+  info = describe(source, stage=stage, step=step)
+  stage, directory = info['stage'], stage_dir(source, info['stage'])
+  path = epath.Path(
+    (directory / 'checkpoints' / str(info['step']) / STATE).absolute()
+  )
   # The tree on disk decides: what is restored need not be what trains now.
   reader = ocp.PyTreeCheckpointHandler()
   try:
@@ -173,8 +195,18 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
     )
   finally:
     reader.close()
-  info = {'stage': stage, 'step': step, 'config': config}
-  return params[key][role], info
+  return params[key][role], info | {'role': role}
+
+
+def save_params(directory, step, params):
+  """Saves parameters alone, {role: ...}, where `load_params` finds them."""
+  with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
+    manager.save(
+      step,
+      args=ocp.args.Composite(
+        **{STATE: ocp.args.StandardSave({'params': params})}
+      ),
+    )
 
 
 def improvement(manager, options, metrics):

@@ -28,7 +28,7 @@ from linearizer_jax import (
   sharding,
   steps,
 )
-from linearizer_jax.convert import load
+from linearizer_jax.convert import load, weights
 from linearizer_jax.data import pipeline
 from linearizer_jax.models import layers, teachers
 
@@ -89,7 +89,7 @@ def run_stage(config, workdir, devices=None):
   # ------------------------- parameters born sharded, or where the run stood
   seeds = jax.random.split(jax.random.key(config.seed), 4)
   init_key, train_key, eval_key, teacher_key = seeds
-  frozen = load_frozen(config, task, program, workdir, teacher_key)
+  frozen = load_frozen(config, program, workdir, teacher_key)
   manager = checkpoint.open_manager(
     directory / 'checkpoints', config.checkpoint
   )
@@ -238,6 +238,7 @@ class Programs(NamedTuple):
   """Compiled on first use; `state` and `frozen` are their arguments' shapes.
 
   init_params: key -> params.
+  init_frozen: key -> random parameters of a frozen teacher.
   init_state: params -> TrainState; params are donated.
   train_step: (state, frozen, batch, key) -> (state, metrics); state donated.
   eval_step: (params, frozen, batch, key) -> sums.
@@ -246,6 +247,7 @@ class Programs(NamedTuple):
   state: Any
   frozen: Any
   init_params: Any
+  init_frozen: Any
   init_state: Any
   train_step: Any
   eval_step: Any
@@ -281,6 +283,10 @@ def make_programs(config, task, tx, mesh):
     jax.tree.map(lambda x: x.sharding, tree) for tree in (params, state, frozen)
   )
   whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+  # On CPU, optimising the random numbers of a fresh model takes the compiler
+  # longer than the train step.
+  on_cpu = mesh.devices.flat[0].platform == 'cpu'
+  once = {'xla_backend_optimization_level': 0} if on_cpu else None
   train_step = steps.make_train_step(
     task,
     tx,
@@ -290,7 +296,12 @@ def make_programs(config, task, tx, mesh):
   return Programs(
     state=state,
     frozen=frozen,
-    init_params=jax.jit(init_params, out_shardings=params_at),
+    init_params=jax.jit(
+      init_params, out_shardings=params_at, compiler_options=once
+    ),
+    init_frozen=jax.jit(
+      task.init_frozen, out_shardings=frozen_at, compiler_options=once
+    ),
     init_state=jax.jit(init_state, out_shardings=state_at, donate_argnums=0),
     train_step=jax.jit(
       train_step,
@@ -318,19 +329,20 @@ def start_state(config, program, workdir, key):
     params[role] = jax.tree.map(
       lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding),
       params[role],
-      checkpoint.merge_params(params[role], loaded, config.init),
+      checkpoint.merge_params(
+        params[role], loaded, config.init, may_lack=('head', 'mask_token')
+      ),
     )
   return program.init_state(params)
 
 
-def load_frozen(config, task, program, workdir, key):
+def load_frozen(config, program, workdir, key):
   """The teacher's parameters on the devices; {} where there is no teacher."""
   if not program.frozen:
     return {}
   source = config.teacher.weights
   if source == 'random':
-    at = jax.tree.map(lambda x: x.sharding, program.frozen)
-    return jax.jit(task.init_frozen, out_shardings=at)(key)
+    return program.init_frozen(key)
   loaded = load_network(
     config, source, 'teacher', program.frozen['teacher'], workdir
   )
@@ -352,7 +364,7 @@ def load_network(config, source, role, shapes, workdir):
   Args:
     config: resolved config of the stage that needs them.
     source: 'stage:NAME' of this run, another run's work directory, or
-      published weights of the teacher's family: a file, a folder or a hub id
+      published weights of the network's family: a file, a folder or a hub id
       ('' for the one in the table of teachers).
     role: 'student' or 'teacher'.
     shapes: parameter tree of the network, of anything with shape and dtype.
@@ -373,13 +385,18 @@ def load_network(config, source, role, shapes, workdir):
     params, info = checkpoint.load_params(source, role=role)
   else:
     row = teachers.TEACHERS.get(config[role].name)
+    if row is None and source:
+      found = load.load(
+        source, image_size=config[role].image_size or config.data.image_size
+      )
+      return found.variables['params']
     if row is None or not row.family:
       raise ValueError(
         f'{source!r} holds no weights for {config[role].name}: expected '
-        "'stage:NAME' or the work directory of a run. Change "
-        'config.teacher.weights or config.init.'
+        "'stage:NAME', the work directory of a run or, for a student, weights "
+        'of an Adventurer. Change config.teacher.weights or config.init.'
       )
-    return load.load_weights(
+    return weights.load_weights(
       source or row.source,
       row.family,
       shapes,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from linearizer_jax.convert import FAMILIES, load, tables
+from linearizer_jax.convert import FAMILIES, load, tables, weights
 from linearizer_jax.models import create_model, vit
 from linearizer_jax.models.teachers import TEACHERS, teacher_input_size
 from linearizer_jax.steps import resize_images
@@ -354,8 +354,8 @@ def test_activation_comes_with_the_weights(clip_params, tmp_path):
   config.write_text(json.dumps({'vision_config': {'hidden_act': 'gelu'}}))
   assert activation() == 'gelu'
   with pytest.raises(ValueError, match="asks for activation 'gelu', the model"):
-    load.load_weights(tmp_path, 'clip', clip_params, activation='quick_gelu')
-  load.load_weights(tmp_path, 'clip', clip_params, activation='gelu')
+    weights.load_weights(tmp_path, 'clip', clip_params, activation='quick_gelu')
+  weights.load_weights(tmp_path, 'clip', clip_params, activation='gelu')
   config.write_text(json.dumps({'hidden_act': 'gelu_pytorch_tanh'}))
   assert activation() == 'gelu_tanh'
   config.write_text(json.dumps({'hidden_act': 'swish'}))
@@ -500,7 +500,7 @@ def test_torchscript_tensors_stay_inside_their_storage(tmp_path):
   storage = np.arange(4, dtype=np.float32).tobytes()
   archive(path, tensor_pickle((4,)), storage)
   np.testing.assert_array_equal(
-    load.read_tensors(path)['x'], np.arange(4, dtype=np.float32)
+    weights.read_tensors(path)['x'], np.arange(4, dtype=np.float32)
   )
   for pickled, compression in (
     (tensor_pickle((5,)), zipfile.ZIP_STORED),
@@ -510,7 +510,7 @@ def test_torchscript_tensors_stay_inside_their_storage(tmp_path):
   ):
     archive(path, pickled, storage, compression)
     with pytest.raises(ValueError, match='is damaged, truncated'):
-      load.read_tensors(path)
+      weights.read_tensors(path)
 
 
 def test_mutated_torchscript_pickles_are_refused_or_read(tmp_path):
@@ -526,7 +526,7 @@ def test_mutated_torchscript_pickles_are_refused_or_read(tmp_path):
       mutated[position] = rng.integers(256)
     archive(path, bytes(mutated), storage)
     try:
-      load.read_tensors(path)
+      weights.read_tensors(path)
     except ValueError:
       refused += 1
   assert refused > 200
@@ -544,17 +544,17 @@ def test_checksums(tmp_path, monkeypatch):
   link = tmp_path / 'model.safetensors'
   link.symlink_to(blob)
   monkeypatch.setattr(
-    load.huggingface_hub, 'hf_hub_download', lambda *_, **__: str(link)
+    weights.huggingface_hub, 'hf_hub_download', lambda *_, **__: str(link)
   )
   with pytest.raises(ValueError, match='the published one is 0000'):
-    load.find_weights('openai/clip-vit-base-patch16')
+    weights.find_weights('openai/clip-vit-base-patch16')
 
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match=r'config\.teacher\.weights'):
-    load.find_weights(tmp_path / 'nowhere' / 'model.safetensors')
+    weights.find_weights(tmp_path / 'nowhere' / 'model.safetensors')
   with pytest.raises(FileNotFoundError, match='holds none of model'):
-    load.find_weights(tmp_path)
+    weights.find_weights(tmp_path)
   with pytest.raises(ValueError, match='no published weights'):
     load.load_teacher('vit_tiny_patch16')
   with pytest.raises(ValueError, match=r"no teacher 'clip'.*clip_base_patch16"):
@@ -564,9 +564,9 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
 
   def no_network(repository, name, local_files_only):
     calls.append(local_files_only)
-    raise load.hub_errors.LocalEntryNotFoundError('offline')
+    raise weights.hub_errors.LocalEntryNotFoundError('offline')
 
-  monkeypatch.setattr(load.huggingface_hub, 'hf_hub_download', no_network)
+  monkeypatch.setattr(weights.huggingface_hub, 'hf_hub_download', no_network)
   with pytest.raises(FileNotFoundError) as error:
     load.load_teacher('clip_base_patch16')
   assert 'cannot be reached' in str(error.value)

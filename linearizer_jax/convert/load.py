@@ -1,53 +1,132 @@
-"""Reads weights that others published, and never runs what is in the file.
+"""Any weights, as a model that is ready to use."""
 
-safetensors is data. Files of torch go through `torch.load(weights_only=True)`,
-TorchScript archives through `convert/torchscript.py`.
-"""
-
-import argparse
-import contextlib
-import hashlib
+import dataclasses
 import json
 import pathlib
-import re
+from typing import Any, NamedTuple
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
-import safetensors
-from huggingface_hub import errors as hub_errors
+import ml_collections
+import numpy as np
+from PIL import Image, ImageOps
 
-from linearizer_jax.convert import FAMILIES, tables
-from linearizer_jax.convert.torchscript import is_torchscript, read_torchscript
-from linearizer_jax.models import create_model
-from linearizer_jax.models.layers import as_pair
-from linearizer_jax.models.teachers import TEACHERS
-
-# Names of a checkpoint in a folder or on the hub, best first.
-WEIGHT_FILES = (
-  'model.safetensors',
-  'open_clip_model.safetensors',
-  'pytorch_model.bin',
-  'open_clip_pytorch_model.bin',
-)
-CONFIG_FILES = ('config.json', 'open_clip_config.json')
-TORCH_SUFFIXES = ('.pt', '.pth', '.bin')
-
-# Their name of an activation -> ours.
-ACTIVATIONS = {
-  'quick_gelu': 'quick_gelu',
-  'gelu': 'gelu',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-}
+from linearizer_jax import checkpoint, models
+from linearizer_jax.convert import FAMILIES, adventurer, tables, weights
+from linearizer_jax.models.layers import as_pair, patch_grid, resize_positions
+from linearizer_jax.models.teachers import IMAGENET, TEACHERS
 
 
-def load_teacher(name, weights=None, *, key=None, **overrides):
-  """A teacher with its weights and preprocessing.
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """What a model's images go through before it.
+
+  Attributes:
+    image_size: (height, width) that a PIL image is brought to.
+    mean, std: per RGB channel, where white is 1.
+    eval_crop: central share of a PIL image, per side, that is kept.
+  """
+
+  image_size: tuple[int, int]
+  mean: tuple[float, ...] = IMAGENET[0]
+  std: tuple[float, ...] = IMAGENET[1]
+  eval_crop: float = 0.875
+
+  def __call__(self, images):
+    """Images as a model takes them.
+
+    Args:
+      images: a PIL image, which is cropped and resized; or uint8 (B, H, W, 3),
+        which keeps its size.
+
+    Returns:
+      float32 NumPy array (B, H, W, 3), (x / 255 - mean) / std.
+    """
+    if isinstance(images, Image.Image):
+      height, width = self.image_size
+      images = ImageOps.fit(
+        images.convert('RGB'),
+        (width, height),
+        Image.Resampling.BICUBIC,
+        bleed=(1 - self.eval_crop) / 2,
+      )
+      images = np.asarray(images)[None]
+    mean, std = np.float32(self.mean), np.float32(self.std)
+    return (np.asarray(images, np.float32) / 255 - mean) / std
+
+
+class Loaded(NamedTuple):
+  """A model ready to use: `model.apply(variables, preprocess(images))`.
+
+  model: linen Module. variables: {'params': ...}, NumPy arrays on the host.
+  preprocess: `Preprocessing`.
+  """
+
+  model: Any
+  variables: Any
+  preprocess: Preprocessing
+
+
+def load(
+  source,
+  *,
+  name=None,
+  role=None,
+  stage=None,
+  step=None,
+  ema=True,
+  legacy_positions=False,
+  **overrides,
+):
+  """A model from any weights this project knows.
+
+  Args:
+    source: the work directory of a run; an exported folder; a released
+      Adventurer, .pth or safetensors, whose sizes are read off its tensors; a
+      name in `models.teachers.TEACHERS`, whose published weights are fetched;
+      or weights of such a teacher, a file, a folder or a hub id, with `name`.
+    name: the teacher that a file, a folder or a hub id holds.
+    role, stage, step: of a work directory; see `checkpoint.load_params`.
+    ema: the average instead of the raw weights, where there is one.
+    legacy_positions: for an `image_size` that differs from that of a released
+      Adventurer, resize its positions as the released fine-tuning code does
+      (off by one patch).
+    **overrides: fields of the model, such as dtype='bfloat16', image_size=448,
+      flip_blocks='alternate' or num_classes=0, which leaves the head out.
+
+  Returns:
+    `Loaded`.
+
+  Raises:
+    ValueError: no such thing, or weights that do not fit; names what is
+      missing, extra or of another shape.
+    FileNotFoundError: no such file, or no network.
+  """
+  path = pathlib.Path(source).expanduser()
+  if any(path.glob('*/checkpoints')):
+    return _from_workdir(path, role, stage, step, ema, overrides)
+  if name or str(source) in TEACHERS:
+    name, source = (name, source) if name else (str(source), None)
+    model, variables, row = load_teacher(name, source, **overrides)
+    size = as_pair(model.image_size)
+    return Loaded(model, variables, Preprocessing(size, row.mean, row.std))
+  path = weights.find_weights(source)
+  tensors = weights.read_tensors(path, ema=ema)
+  if not adventurer.is_adventurer(tensors):
+    raise ValueError(
+      f'{path} holds no Adventurer. If it is a teacher, say which one: '
+      f'load({str(source)!r}, name=...), one of {", ".join(TEACHERS)}.'
+    )
+  return _from_tensors(path, tensors, legacy_positions, overrides)
+
+
+def load_teacher(name, source=None, *, key=None, **overrides):
+  """A teacher with its weights.
 
   Args:
     name: a row of `models.teachers.TEACHERS`.
-    weights: a file, a folder or a hub repository (see `find_weights`), None for
-      the repository of the row, or 'random' for initialised parameters.
+    source: a file, a folder or a hub repository (`weights.find_weights`), None
+      for the repository of the row, or 'random' for initialised parameters.
     key: of the random parameters; None means jax.random.key(0).
     **overrides: fields of the model, such as dtype='bfloat16'.
 
@@ -67,8 +146,8 @@ def load_teacher(name, weights=None, *, key=None, **overrides):
       f'{", ".join(TEACHERS)}.'
     )
   row = TEACHERS[name]
-  if weights == 'random':
-    model = create_model(row.model, **overrides)
+  if source == 'random':
+    model = models.create_model(row.model, **overrides)
     images = jnp.zeros((1, *as_pair(model.image_size), 3))
     key = jax.random.key(0) if key is None else key
     return model, jax.jit(model.init)(key, images), row
@@ -77,249 +156,84 @@ def load_teacher(name, weights=None, *, key=None, **overrides):
       f'teacher {name} has no published weights. Set config.teacher.weights to '
       "a checkpoint of this project, or to 'random'."
     )
-  path = find_weights(weights or row.source)
-  model = create_model(row.model, **{**published_fields(path), **overrides})
-  images = jax.ShapeDtypeStruct((1, *as_pair(model.image_size), 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), images)['params']
-  params = load_weights(path, row.family, shapes, archive=row.archive)
+  path = weights.find_weights(source or row.source)
+  fields = weights.published_fields(path) | overrides
+  model = models.create_model(row.model, **fields)
+  params = weights.load_weights(
+    path, row.family, _shapes(model), archive=row.archive
+  )
   return model, {'params': params}, row
 
 
-def load_weights(source, family, shapes, *, archive=None, activation=None):
-  """Published weights as parameters of one of our models.
-
-  Args:
-    source: see `find_weights`.
-    family: a key of FAMILIES.
-    shapes: parameter tree of the model, of anything with shape and dtype.
-    archive: as in `models.teachers.Teacher`, for its checksum, or None.
-    activation: the model's; weights that ask for another are refused. None:
-      whatever they ask for.
-
-  Returns:
-    Nested dict of numpy arrays.
-
-  Raises:
-    FileNotFoundError: nothing there.
-    ValueError: unreadable, or not the weights of this model; the text names
-      what is missing, what is extra and what has another shape.
-  """
-  path = find_weights(source)
-  check_archive_sha256(path, archive)
-  published = activation and published_fields(path).get('activation')
-  if published and published != activation:
-    raise ValueError(
-      f'the config beside {path} asks for activation {published!r}, the model '
-      f'has {activation!r} and would compute something else. Set its field '
-      f'activation={published!r}, or choose the teacher these weights are of.'
-    )
-  tensors = read_tensors(path)
-  return tables.from_state_dict(FAMILIES[family], tensors, shapes, path)
+def _shapes(model):
+  """Parameter tree of a model, of ShapeDtypeStructs."""
+  size = (1, *as_pair(model.image_size), 3)
+  images = jax.ShapeDtypeStruct(size, jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)['params']
 
 
-def find_weights(source):
-  """The file of weights behind a name.
-
-  Args:
-    source: a safetensors or torch file; a folder that holds one under its usual
-      name; or 'owner/repository' of the Hugging Face hub, which is looked up
-      in the local cache where there is no network.
-
-  Returns:
-    pathlib.Path of an existing file.
-
-  Raises:
-    FileNotFoundError: nothing there; says what to download and what to set.
-    ValueError: a download that is not what the hub has.
-  """
-  path = pathlib.Path(source).expanduser()
-  if path.is_file():
-    return path
-  if path.is_dir():
-    for name in WEIGHT_FILES:
-      if (path / name).is_file():
-        return path / name
-    raise FileNotFoundError(
-      f'{path} holds none of {", ".join(WEIGHT_FILES)}. Set '
-      'config.teacher.weights to the file itself.'
-    )
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)) or path.suffix in (
-    *TORCH_SUFFIXES,
-    '.safetensors',
-  ):
-    raise FileNotFoundError(
-      f'there is no weights file {path}. Set config.teacher.weights to a '
-      'safetensors or torch file, a folder with one, or a repository of the '
-      'Hugging Face hub.'
-    )
-  return download(str(source))
-
-
-def download(repository):
-  """The weights file of a hub repository, its config beside it in the cache.
-
-  The hub's client resumes what was cut off; `check_hub_sha256` refuses what is
-  damaged.
-  """
-  offline = None
-  for name in WEIGHT_FILES:
-    try:
-      path = _hub_file(repository, name, offline)
-    except hub_errors.LocalEntryNotFoundError as error:
-      offline = error  # the other names may be in the cache
-    except hub_errors.EntryNotFoundError:
-      continue
-    except hub_errors.RepositoryNotFoundError as error:
-      raise FileNotFoundError(
-        f'{repository} is neither a local path nor a repository of the Hugging '
-        'Face hub. Correct config.teacher.weights.'
-      ) from error
-    else:
-      check_hub_sha256(path)
-      for config in CONFIG_FILES:
-        with contextlib.suppress(hub_errors.EntryNotFoundError):
-          _hub_file(repository, config, offline)
-      return path
-  if offline:
-    raise FileNotFoundError(
-      f'{repository} is neither a local path nor in the local cache, and the '
-      'Hugging Face hub cannot be reached. Where there is network, download '
-      f'https://huggingface.co/{repository}/resolve/main/{WEIGHT_FILES[0]} '
-      '(pytorch_model.bin in some repositories) and set '
-      'config.teacher.weights to that file.'
-    ) from offline
-  raise FileNotFoundError(
-    f'{repository} on the Hugging Face hub holds none of '
-    f'{", ".join(WEIGHT_FILES)}. Set config.teacher.weights to a local file.'
+def _from_workdir(path, role, stage, step, ema, overrides):
+  params, info = checkpoint.load_params(
+    path, stage=stage, step=step, role=role, ema=ema
   )
+  config = ml_collections.ConfigDict(info['config'])
+  role = role or info['role']
+  params.pop('mask_token', None)
+  classes = params['head']['kernel'].shape[1] if 'head' in params else 0
+  fields = {'num_classes': classes} | overrides
+  if not fields['num_classes']:
+    params.pop('head', None)
+  model, (mean, std) = models.from_config(config, role, **fields)
+  params = checkpoint.merge_params(_shapes(model), params, path, may_lack=())
+  size = as_pair(config.data.image_size)
+  crop = config.data.eval_crop
+  return Loaded(model, {'params': params}, Preprocessing(size, mean, std, crop))
 
 
-def _hub_file(repository, name, offline):
-  """One file of a repository; after a failed try from the cache alone."""
-  return pathlib.Path(
-    huggingface_hub.hf_hub_download(
-      repository, name, local_files_only=offline is not None
-    )
+def _from_tensors(path, tensors, legacy, overrides):
+  """An Adventurer under the released names."""
+  found, preprocess = {}, {}
+  config = path.parent / 'config.json'
+  if config.is_file():
+    config = json.loads(config.read_text(encoding='utf-8'))
+    found, preprocess = (config.get(k, {}) for k in ('model', 'preprocessing'))
+  fields = adventurer.fields(tensors, found.get('image_size')) | found
+  positions_of = as_pair(fields['image_size'])
+  fields |= overrides
+  model = models.create_model('adventurer_base_patch16', **fields)
+  size = as_pair(model.image_size)
+  if size != positions_of:
+    grids = (patch_grid(s, model.patch_size) for s in (positions_of, size))
+    resized = resize_pos_embed(tensors['pos_embed'], *grids, legacy=legacy)
+    tensors = tensors | {'pos_embed': resized}
+  params = tables.from_state_dict(
+    FAMILIES['adventurer'], tensors, _shapes(model), path
   )
+  preprocess = Preprocessing(**preprocess | {'image_size': size})
+  return Loaded(model, {'params': params}, preprocess)
 
 
-def check_hub_sha256(path):
-  """Refuses a cached file that differs from what the hub published.
+def resize_pos_embed(positions, old_grid, grid, *, legacy=False):
+  """Positions of another grid, the class token's row staying the last.
 
-  The cache names a large file after the SHA-256 that the hub gives for it.
-  """
-  published = path.resolve().name
-  if re.fullmatch('[0-9a-f]{64}', published):
-    _check_sha256(path, published)
-
-
-def check_archive_sha256(path, archive):
-  """Refuses a file that has an archive's name, but not its published sum."""
-  if archive and path.name == archive.rpartition('/')[-1]:
-    _check_sha256(path, archive.split('/')[-2])
-
-
-def _check_sha256(path, published):
-  with open(path, 'rb') as f:
-    found = hashlib.file_digest(f, 'sha256').hexdigest()
-  if found != published:
-    raise ValueError(
-      f'{path} is damaged: its SHA-256 is {found}, the published one is '
-      f'{published}. Delete the file and download it again.'
-    )
-
-
-def published_fields(path):
-  """Model fields that a config file beside the weights settles.
-
-  The same tensors mean another network with another activation, so it comes
-  with the weights.
+  Source: PyTorch's bicubic, `layers.resize_positions`. The released
+  fine-tuning code splits the class row off the front instead of the end, which
+  shifts every patch by one.
 
   Args:
-    path: the weights file.
+    positions: (1, rows * columns + 1, D) array.
+    old_grid: (rows, columns) that `positions` was made for.
+    grid: (rows, columns) wanted.
+    legacy: do as the released fine-tuning code.
 
   Returns:
-    {'activation': ...} or {}.
-
-  Raises:
-    ValueError: an activation that ViT does not have.
+    NumPy array (1, rows * columns + 1, D), float32.
   """
-  for name in CONFIG_FILES:
-    file = path.parent / name
-    if not file.is_file():
-      continue
-    config = json.loads(file.read_text(encoding='utf-8'))
-    if 'model_cfg' in config:  # OpenCLIP
-      quick = config['model_cfg'].get('quick_gelu', False)
-      return {'activation': 'quick_gelu' if quick else 'gelu'}
-    activation = config.get('vision_config', config).get('hidden_act')
-    if activation is None:
-      continue
-    if activation not in ACTIVATIONS:
-      raise ValueError(
-        f'{file} asks for activation {activation!r}; known are '
-        f'{", ".join(ACTIVATIONS)}.'
-      )
-    return {'activation': ACTIVATIONS[activation]}
-  return {}
-
-
-def read_tensors(path):
-  """{name: array} of a safetensors or torch file, which is never executed.
-
-  Args:
-    path: a file that ends in .safetensors, .pt, .pth or .bin. A torch file may
-      hold the tensors themselves or a dict with 'state_dict' or 'model'.
-
-  Returns:
-    Numpy arrays; from a torch file that is no TorchScript archive all float32.
-
-  Raises:
-    ValueError: another kind of file, a damaged one, or one with code in it.
-    ImportError: a torch file that cannot be read without torch.
-  """
-  path = pathlib.Path(path)
-  if path.suffix not in ('.safetensors', *TORCH_SUFFIXES):
-    raise ValueError(
-      f'{path} is no kind of weights file that is known here: .safetensors, '
-      f'{", ".join(TORCH_SUFFIXES)}.'
-    )
-  try:
-    if path.suffix == '.safetensors':
-      return _read_safetensors(path)
-    return read_torchscript(path) if is_torchscript(path) else _read_torch(path)
-  except (ImportError, OSError):
-    raise
-  # A parser trips over damaged bytes in any way there is.
-  except Exception as error:
-    cause = (str(error).splitlines() or [''])[0]
-    raise ValueError(
-      f'{path} is damaged, truncated, or holds more than tensors, which is '
-      f'never executed here ({type(error).__name__}: {cause}). Download it '
-      'again, or take the safetensors file of the same weights.'
-    ) from error
-
-
-def _read_safetensors(path):
-  with safetensors.safe_open(path, framework='numpy') as f:
-    return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-
-
-def _read_torch(path):
-  try:
-    import torch
-  except ImportError as error:
-    raise ImportError(
-      f'{path} is a torch file: install the extra [torch], or convert the file '
-      'to safetensors where torch is installed.'
-    ) from error
-  # Released Adventurers hold their training arguments as a Namespace.
-  with torch.serialization.safe_globals([argparse.Namespace]):
-    tensors = torch.load(path, map_location='cpu', weights_only=True)
-  for wrapper in ('state_dict', 'model'):
-    tensors = tensors.get(wrapper, tensors)
-  return {
-    name.removeprefix('module.'): x.float().numpy()
-    for name, x in tensors.items()
-    if isinstance(x, torch.Tensor)
-  }
+  one, rest = slice(0, 1), slice(1, None)
+  if not legacy:
+    one, rest = slice(-1, None), slice(None, -1)
+  patches = resize_positions(
+    np.asarray(positions[:, rest], np.float32), old_grid, grid
+  )
+  parts = [np.asarray(patches), np.asarray(positions[:, one], np.float32)]
+  return np.concatenate(parts[::-1] if legacy else parts, axis=1)

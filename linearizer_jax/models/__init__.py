@@ -2,9 +2,10 @@
 
 import dataclasses
 
+import einops
 import jax.numpy as jnp
 
-from linearizer_jax.models import adventurer, teachers, vit
+from linearizer_jax.models import adventurer, layers, teachers, vit
 
 # class -> {name: fields}
 FAMILIES = {
@@ -55,6 +56,37 @@ def field_names(name):
   """The fields that `create_model(name, ...)` takes."""
   fields = {field.name for field in dataclasses.fields(_find(name)[0])}
   return fields - {'name', 'parent'}
+
+
+def features(model, variables, images, blocks=None):
+  """Maps of patch tokens after the blocks, what dense tasks want.
+
+  Args:
+    model, variables: of any model here, such as what `load` returns.
+    images: (B, H, W, 3) float, normalised; sides multiples of the patch size.
+    blocks: numbers counted from 0; negative ones from the end; all when None.
+
+  Returns:
+    {'blockNN': (B, H / p, W / p, D)} in the model's residual dtype.
+
+  Raises:
+    ValueError: a number that is no block.
+  """
+  depth = model.depth
+  blocks = range(depth) if blocks is None else blocks
+  wrong = [n for n in blocks if not -depth <= n < depth]
+  if wrong:
+    raise ValueError(
+      f'blocks {wrong} were asked for; the model has {depth}, from 0 to '
+      f'{depth - 1}.'
+    )
+  rows, _ = layers.patch_grid(images.shape[1:3], model.patch_size)
+  _, out = model.apply(variables, images)
+  names = [f'block{n % depth:02d}' for n in blocks]
+  return {
+    name: einops.rearrange(out[name], 'b (h w) d -> b h w d', h=rows)
+    for name in names
+  }
 
 
 def from_config(config, role, *, mesh=None, batch_axes=None, **fields):

@@ -1,0 +1,88 @@
+"""Weights in and out, from the command line.
+
+python -m linearizer_jax.convert export --checkpoint=WORKDIR --out=DIR
+python -m linearizer_jax.convert import --folder=DIR --out=WORKDIR
+python -m linearizer_jax.convert check --teacher=openai/clip-vit-base-patch16
+"""
+
+import argparse
+import logging
+import sys
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(
+    prog='python -m linearizer_jax.convert', description=__doc__.split('\n')[0]
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+
+  out = commands.add_parser('export', help='a student as a PyTorch folder')
+  out.add_argument(
+    '--checkpoint',
+    required=True,
+    help='work directory of a run, or other weights of an Adventurer',
+  )
+  out.add_argument('--out', required=True, help='new folder')
+  out.add_argument('--stage', help='of the run; the last finished one')
+  out.add_argument('--step', type=int, help='saved step; the best or newest')
+  out.add_argument(
+    '--format',
+    choices=('pytorch', 'onnx'),
+    default='pytorch',
+    help='onnx: model.onnx too',
+  )
+
+  back = commands.add_parser('import', help='an exported folder as a run')
+  back.add_argument('--folder', required=True, help='from export')
+  back.add_argument('--out', required=True, help='new work directory')
+
+  check = commands.add_parser(
+    'check', help='published weights of a teacher against transformers'
+  )
+  check.add_argument(
+    '--teacher', required=True, help='hub id or folder of a CLIP model'
+  )
+  check.add_argument(
+    '--steps', type=int, default=3, help='distillation updates to try'
+  )
+
+  options = parser.parse_args(argv)
+  logging.basicConfig(level=logging.WARNING, format='%(message)s')
+  try:
+    return COMMANDS[options.command](options)
+  except (ValueError, OSError, ImportError) as error:
+    return f'{parser.prog} {options.command}: {error}'
+
+
+def _export(options):
+  from linearizer_jax.convert.export import export
+
+  differences = export(
+    options.checkpoint,
+    options.out,
+    stage=options.stage,
+    step=options.step,
+    onnx=options.format == 'onnx',
+  )
+  for name, difference in differences.items():
+    print(f'{name}: largest relative difference {difference:.1e}')
+  print(f'Written to {options.out}.')
+
+
+def _import(options):
+  from linearizer_jax.convert.export import import_folder
+
+  import_folder(options.folder, options.out)
+  print(f'Written to {options.out}.')
+
+
+def _check(options):
+  from linearizer_jax.convert.check import check
+
+  check(options.teacher, options.steps)
+
+
+COMMANDS = {'export': _export, 'import': _import, 'check': _check}
+
+if __name__ == '__main__':
+  sys.exit(main())

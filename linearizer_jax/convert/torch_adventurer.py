@@ -1,0 +1,297 @@
+"""Adventurer in PyTorch: a linear-time image model, in one file.
+
+    import modeling_adventurer
+    model = modeling_adventurer.load('.')  # the folder with model.safetensors
+    logits = model(images)                 # (B, 3, H, W) normalised
+    maps = model.features(images)          # {'block11': (B, D, H/p, W/p), ...}
+
+Needs torch, and safetensors to load; runs on any device without a compiler.
+On CUDA the scan is that of mamba_ssm where it is installed. Every parameter has
+the name and shape that the released Adventurer gives it.
+
+Shape letters: B batch, L tokens, D width, H heads, P head dim, G groups of R
+heads, N state, K chunks of Q tokens.
+"""
+
+import json
+import math
+import pathlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+try:
+  from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+except ImportError:
+  mamba_chunk_scan_combined = None
+
+CHUNK = 64  # tokens, the fastest on a CPU
+EPSILON = 1e-5
+
+
+def load(folder='.', device='cpu'):
+  """The exported model, in evaluation mode.
+
+  Args:
+    folder: holds config.json and model.safetensors.
+    device: where the parameters go.
+
+  Returns:
+    `Adventurer`; its `config` is what config.json says, with the mean and std
+    of its input under 'preprocessing'.
+
+  Raises:
+    FileNotFoundError: one of the files is missing.
+    RuntimeError: the weights are not those of the config.
+  """
+  import safetensors.torch
+
+  folder = pathlib.Path(folder)
+  config = json.loads((folder / 'config.json').read_text())
+  model = Adventurer(**config['model'])
+  model.config = config
+  model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+  return model.to(device).eval()
+
+
+WEIGHTS = 'model.safetensors'
+
+
+class Adventurer(nn.Module):
+  """Linear-time vision model of Mamba-2 blocks (arXiv 2410.07599).
+
+  Args:
+    width, depth, patch_size: of the model.
+    image_size: pixels, int or (height, width), the positions are made for;
+      other images get them resized.
+    num_classes: 0 means no head: `forward` gives the class token instead.
+    flip_blocks: numbers of the blocks that read the image backwards.
+    head_dim, state_dim, num_groups, expand: of the mixer.
+  """
+
+  def __init__(
+    self,
+    width,
+    depth,
+    patch_size,
+    image_size,
+    num_classes,
+    flip_blocks,
+    head_dim=64,
+    state_dim=64,
+    num_groups=1,
+    expand=2,
+  ):
+    super().__init__()
+    self.patch_size = patch_size
+    pair = (image_size,) * 2 if isinstance(image_size, int) else image_size
+    self.grid = tuple(side // patch_size for side in pair)
+    tokens = self.grid[0] * self.grid[1]
+    self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+    self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
+    self.patch_embed = nn.Module()
+    self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
+    sizes = (width, head_dim, state_dim, num_groups, expand)
+    self.layers = nn.ModuleList(
+      Block(n in flip_blocks, *sizes) for n in range(depth)
+    )
+    self.norm_f = RMSNorm(width)
+    self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+  def forward(self, images):
+    """(B, 3, H, W) normalised -> logits (B, classes), or class token (B, D)."""
+    h = self.embed(images)
+    for layer in self.layers:
+      h = layer(h)
+    return self.head(self.norm_f(h[:, -1]))
+
+  def features(self, images, blocks=None):
+    """Maps after the blocks: {'blockNN': (B, D, H / p, W / p)}.
+
+    Args:
+      images: (B, 3, H, W) normalised, sides multiples of the patch size.
+      blocks: numbers counted from 0; all when None.
+    """
+    h = self.embed(images)
+    grid = [side // self.patch_size for side in images.shape[-2:]]
+    found = {}
+    for n, layer in enumerate(self.layers):
+      h = layer(h)
+      if blocks is None or n in blocks:
+        found[f'block{n:02d}'] = h[:, :-1].mT.unflatten(-1, grid)
+    return found
+
+  def embed(self, images):
+    """Patches in raster order, then the class token, with positions."""
+    patches = self.patch_embed.proj(images)  # (B, D, H / p, W / p)
+    grid = tuple(patches.shape[-2:])
+    positions = self.pos_embed
+    if grid != self.grid:
+      own = positions[:, :-1].mT.unflatten(-1, self.grid).float()
+      own = F.interpolate(own, grid, mode='bicubic', align_corners=False)
+      own = own.flatten(2).mT.to(positions.dtype)
+      positions = torch.cat([own, positions[:, -1:]], 1)
+    last = self.cls_token.expand(images.shape[0], -1, -1)
+    return torch.cat([patches.flatten(2).mT, last], 1) + positions
+
+
+class Block(nn.Module):
+  """h += mixer(norm(h)); h += mlp(norm_mlp(h)), the class token last."""
+
+  def __init__(self, flip, width, *mixer):
+    super().__init__()
+    self.flip = flip
+    self.norm = RMSNorm(width)
+    self.mixer = Mamba2(width, *mixer)
+    self.norm_mlp = RMSNorm(width)
+    self.mlp = SwiGLU(width, int(2.5 * width))
+
+  def forward(self, h):
+    u = self.norm(h)
+    mean = u.mean(1, keepdim=True)
+    u = torch.cat([mean, self.reverse(u)], 1)
+    h = h + self.reverse(self.mixer(u)[:, 1:])
+    return h + self.mlp(self.norm_mlp(h))
+
+  def reverse(self, u):
+    """The patch tokens backwards, where the block flips."""
+    if not self.flip:
+      return u
+    return torch.cat([u[:, :-1].flip(1), u[:, -1:]], 1)
+
+
+class Mamba2(nn.Module):
+  """Causal token mixer, (B, L, D) -> (B, L, D) (arXiv 2405.21060)."""
+
+  def __init__(self, width, head_dim, state_dim, num_groups, expand):
+    super().__init__()
+    inner, state = expand * width, num_groups * state_dim
+    heads = inner // head_dim
+    self.split = (inner, inner + 2 * state, heads)
+    self.head_dim, self.num_groups = head_dim, num_groups
+    self.in_proj = nn.Linear(width, sum(self.split), bias=False)
+    channels = inner + 2 * state
+    self.conv1d = nn.Conv1d(channels, channels, 4, groups=channels, padding=3)
+    self.dt_bias = nn.Parameter(torch.zeros(heads))
+    self.A_log = nn.Parameter(torch.zeros(heads))
+    self.D = nn.Parameter(torch.ones(heads))
+    self.norm = RMSNorm(inner)
+    self.out_proj = nn.Linear(inner, width, bias=False)
+
+  def forward(self, u):
+    inner, channels, _ = self.split
+    state = (channels - inner) // 2
+    z, xbc, dt = self.in_proj(u).split(self.split, -1)
+    x, b, c = F.silu(self.convolve(xbc)).split((inner, state, state), -1)
+    y = ssd(
+      x.unflatten(-1, (-1, self.head_dim)),
+      F.softplus(dt.float() + self.dt_bias.float()),
+      -self.A_log.float().exp(),
+      b.unflatten(-1, (self.num_groups, -1)),
+      c.unflatten(-1, (self.num_groups, -1)),
+      self.D.float(),
+    )
+    y = y.flatten(2).float() * F.silu(z.float())
+    return self.out_proj(self.norm(y).to(u.dtype))
+
+  def convolve(self, x):
+    """The causal depthwise convolution of (B, L, channels), left where it is.
+
+    As a convolution of images with channels last, which conv1d does not have.
+    """
+    x = F.conv2d(
+      x.mT[:, :, None],
+      self.conv1d.weight[:, :, None],
+      self.conv1d.bias,
+      padding=(0, 3),
+      groups=x.shape[-1],
+    )
+    return x[:, :, 0, :-3].mT
+
+
+def ssd(x, dt, a, b, c, d):
+  """The scan S_t = exp(dt a) S_{t-1} + dt x B', y = S C + d x, in chunks.
+
+  Args:
+    x: (B, L, H, P).
+    dt: (B, L, H) float32, positive.
+    a: (H,) float32, negative.
+    b, c: (B, L, G, N), G dividing H.
+    d: (H,).
+
+  Returns:
+    y (B, L, H, P) in x's dtype; decays and states are float32.
+  """
+  if mamba_chunk_scan_combined is not None and x.is_cuda:
+    parts = (part.contiguous() for part in (x, dt, a, b, c))
+    return mamba_chunk_scan_combined(*parts, chunk_size=256, D=d)
+  batch, length, heads, dim = x.shape
+  groups, state_dim = b.shape[2:]
+  count = math.ceil(length / CHUNK)
+  size = math.ceil(length / count)
+  pad = count * size - length  # dt = 0 leaves the state alone
+
+  def chunks(part, *shape):  # (B, L, ...) -> (B, K, Q, *shape)
+    if pad:
+      part = F.pad(part, (0, 0) * (part.ndim - 2) + (0, pad))
+    return part.reshape(batch, count, size, *shape)
+
+  dt = chunks(dt, groups, heads // groups)  # (B, K, Q, G, R), H = G R
+  xd = chunks(x, groups, heads // groups, dim) * dt[..., None].to(x.dtype)
+  b = chunks(b, groups, state_dim).transpose(2, 3)  # (B, K, G, Q, N)
+  c = chunks(c, groups, state_dim).transpose(2, 3)
+  decay = (dt * a.reshape(groups, -1)).cumsum(2)  # (B, K, Q, G, R)
+
+  # 1. What tokens of a chunk give each other. Decays are of differences, never
+  # quotients; what lies ahead is masked before the exponential.
+  rows = decay.permute(0, 1, 3, 4, 2)  # (B, K, G, R, Q)
+  between = rows[..., :, None] - rows[..., None, :]
+  ahead = torch.ones(size, size, dtype=torch.bool, device=x.device).triu(1)
+  between = between.masked_fill_(ahead, -math.inf).exp_().to(x.dtype)
+  pairs = (c @ b.mT)[:, :, :, None] * between  # (B, K, G, R, Q, Q)
+  y = pairs @ xd.permute(0, 1, 3, 4, 2, 5)
+  y = y.permute(0, 1, 4, 2, 3, 5)  # (B, K, Q, G, R, P)
+
+  if count > 1:
+    # 2. The state that each chunk adds by its end, 3. carried over the chunks.
+    ending = (decay[:, :, -1:] - decay).exp()[..., None] * xd.float()
+    ending = ending.transpose(2, 3).flatten(-2)  # (B, K, G, Q, R P)
+    added = (b.float().mT @ ending).unflatten(-1, (-1, dim))
+    whole = decay[:, :, -1, :, None, :, None].exp()  # (B, K, G, 1, R, 1)
+    state, before = torch.zeros_like(added[:, 0]), []
+    for k in range(count):
+      before.append(state)
+      state = torch.addcmul(added[:, k], state, whole[:, k])
+    # 4. What the chunk receives from before it.
+    carried = c.float() @ torch.stack(before, 1).flatten(-2)
+    carried = carried.unflatten(-1, (-1, dim)).transpose(2, 3)
+    y = torch.addcmul(y.float(), carried, decay.exp()[..., None]).to(x.dtype)
+  y = y.reshape(batch, count * size, heads, dim)[:, :length]
+  return torch.addcmul(y, x, d[:, None].to(x.dtype))
+
+
+class SwiGLU(nn.Module):
+  """w3(silu(w1 x) * (w2 x))."""
+
+  def __init__(self, width, hidden):
+    super().__init__()
+    self.w1 = nn.Linear(width, hidden)
+    self.w2 = nn.Linear(width, hidden)
+    self.w3 = nn.Linear(hidden, width)
+
+  def forward(self, x):
+    return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class RMSNorm(nn.Module):
+  """x rsqrt(mean(x^2) + eps) weight, in float32, back to the weight's dtype."""
+
+  def __init__(self, width):
+    super().__init__()
+    self.weight = nn.Parameter(torch.ones(width))
+
+  def forward(self, x):
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPSILON)
+    return (y * self.weight.float()).to(self.weight.dtype)
