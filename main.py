@@ -15,6 +15,13 @@ flags.DEFINE_string(
   'Folder of the run: checkpoints, metrics, figures. The same command with the '
   'same folder goes on where the run stopped. By default runs/<config>.',
 )
+flags.DEFINE_string(
+  'plan',
+  None,
+  'A TPU slice such as v5e:4x4. Instead of running, compiles the train step '
+  'for it and prints memory, arithmetic, traffic and the hours they bound.',
+)
+flags.DEFINE_string('out', None, 'With --plan: a JSON file for the result.')
 config_flags.DEFINE_config_file(
   'config', 'configs/digits.py', 'File and its argument, file.py:argument.'
 )
@@ -23,14 +30,19 @@ config_flags.DEFINE_config_file(
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  if flags.FLAGS.plan:  # the chips are not here: nothing is to look for them
+    os.environ['JAX_PLATFORMS'] = 'cpu'
   # Here, not above: worker processes of the data import this file as well.
-  from linearizer_jax import checkpoint, report, train
+  from linearizer_jax import checkpoint, plan, report, train
 
   logging.set_verbosity(logging.WARNING)  # of the libraries
   logging.get_absl_logger().parent.getChild('linearizer_jax').setLevel('INFO')
   config = flags.FLAGS.config.to_dict()
   workdir = flags.FLAGS.workdir or _default_workdir()
   stages = [checkpoint.resolve_stage(config, s) for s in config['stages']]
+  if flags.FLAGS.plan:
+    plan.plan(stages[0], flags.FLAGS.plan, flags.FLAGS.out)
+    return
   for stage in stages:
     train.check_stage(stage)
   checkpoint.claim_workdir(workdir, config)

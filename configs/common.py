@@ -84,6 +84,8 @@ def network(name):
     dict(
       name=name,
       dtype='bfloat16',
+      mean=number(tuple),  # per RGB channel of its images, where white is 1;
+      std=number(tuple),  # ImageNet's, or those of published weights
       drop_path=0.0,
       image_size=number(int),  # that the positions are made for
       patch_size=number(int),
@@ -122,7 +124,7 @@ def distill():
       feature_stages='last',  # 'all'
       logit_weight=0.0,
       logit_temperature=1.0,
-      class_weight=0.0,
+      class_weight=0.0,  # class token, of the masked image
     )
   )
 

@@ -300,7 +300,8 @@ class Distill:
       )
     if options.class_weight:
       target = t.get('projected_class', t['class'])
-      token = outputs['full']['class']
+      # Of the masked student where there is one: no second pass.
+      token = outputs['s' if 's' in outputs else 'full']['class']
       terms['class'] = losses.class_token_loss(
         self._apply_head('class', heads, token, target.shape[-1]), target
       )
@@ -402,7 +403,10 @@ class Distill:
 
   def _needs_whole_image(self):
     o = self.config.distill
-    return bool(o.feature_weight or o.logit_weight or o.class_weight)
+    masked = o.match_weight or o.mask_weight
+    return bool(
+      o.feature_weight or o.logit_weight or (o.class_weight and not masked)
+    )
 
   def _target_name(self):
     if self.config.distill.target == 'raw':

@@ -7,7 +7,7 @@ import jax
 import ml_collections
 import pytest
 
-from linearizer_jax import checkpoint, optimizer, sharding, train
+from linearizer_jax import checkpoint, models, optimizer, sharding, train
 from linearizer_jax.data import pipeline
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
@@ -83,3 +83,14 @@ def test_unknown_field_is_refused_by_name():
   config['per_stage']['distill']['distil'] = {}
   with pytest.raises(ValueError, match=r'per_stage\.distill\.distil '):
     checkpoint.resolve_stage(config, 'distill')
+
+
+def test_images_are_normalised_as_the_weights_or_the_config_say():
+  config = get_config('distill_base')
+  for role, mean in (('teacher', 0.48145466), ('student', 0.485)):
+    _, stats = models.from_config(config, role)
+    assert stats[0][0] == mean
+  config.student.mean = (0.3, 0.3, 0.3)
+  _, (mean, std) = models.from_config(config, 'student')
+  assert mean == (0.3, 0.3, 0.3)
+  assert std == (0.229, 0.224, 0.225)

@@ -20,10 +20,11 @@ ALLOWED = {
   'evaluate': set(),
   'checkpoint': set(),
   'models': {'models', 'kernels'},
-  'convert': {'convert', 'models', 'checkpoint'},
+  'convert': {'convert', 'models', 'checkpoint', 'losses'},
   'steps': {'losses', 'masking'},
   'figures': {'metrics', 'steps'},
   'report': {'checkpoint', 'figures', 'models', 'data'},
+  'plan': {'train', 'optimizer', 'sharding', 'data'},
   'train': {
     'steps',
     'evaluate',

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from linearizer_jax.convert import FAMILIES, load, tables, weights
+from linearizer_jax.convert import FAMILIES, check, load, tables, weights
 from linearizer_jax.models import create_model, vit
 from linearizer_jax.models.teachers import TEACHERS, teacher_input_size
 from linearizer_jax.steps import resize_images
@@ -209,6 +209,40 @@ def final_errors(name, theirs, logits, out, registers):
   errors = {'normed': relative_error(out['normed'], last[:, -patches:])}
   pooled = theirs.pooler_output if 'siglip' in name else last[:, 0]
   return errors | {'class': relative_error(out['class'], pooled)}
+
+
+@pytest.mark.parametrize('name', ['clip_base_patch16', 'mae_base_patch16'])
+def test_check_of_published_weights(name, reference, monkeypatch, capsys):
+  _, folder = reference(name)
+  fields = vit.VARIANTS[name] | REFERENCES[name][1]
+  monkeypatch.setitem(vit.VARIANTS, name, fields)
+  found = check.check(str(folder), name=name, steps=4)
+  assert len(found['blocks']) == DEPTH
+  assert found['losses'][-1] < found['losses'][0]
+  assert f'{max(found["blocks"]):12.1e}' in capsys.readouterr().out
+  monkeypatch.setattr(check, 'TOLERANCE', 0.0)
+  with pytest.raises(ValueError, match='differs from transformers by'):
+    check.check(str(folder), name=name, steps=0)
+  with pytest.raises(ValueError, match='Give --name'):
+    check.check(str(folder))
+
+
+def test_map_statistics():
+  rng = np.random.default_rng(0)
+  tokens = rng.standard_normal((2, 9, 16)) + 1.0
+  tokens[1, 4, 3] = 60.0
+  cosine, largest = check.map_statistics(tokens)
+  unit = tokens / np.linalg.norm(tokens, axis=-1, keepdims=True)
+  pairs = [
+    unit[b, i] @ unit[b, j]
+    for b in range(2)
+    for i in range(9)
+    for j in range(9)
+    if i != j
+  ]
+  np.testing.assert_allclose(cosine, np.mean(pairs))
+  row = tokens[1, 4]
+  np.testing.assert_allclose(largest, (60 - row.mean()) / row.std())
 
 
 @pytest.mark.slow

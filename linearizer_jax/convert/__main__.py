@@ -40,10 +40,11 @@ def main(argv=None):
     'check', help='published weights of a teacher against transformers'
   )
   check.add_argument(
-    '--teacher', required=True, help='hub id or folder of a CLIP model'
+    '--teacher', required=True, help='name or hub id of a teacher, or a folder'
   )
+  check.add_argument('--name', help='row of models/teachers.py of a folder')
   check.add_argument(
-    '--steps', type=int, default=3, help='distillation updates to try'
+    '--steps', type=int, default=3, help='updates of a student to try'
   )
 
   options = parser.parse_args(argv)
@@ -79,7 +80,7 @@ def _import(options):
 def _check(options):
   from linearizer_jax.convert.check import check
 
-  check(options.teacher, options.steps)
+  check(options.teacher, name=options.name, steps=options.steps)
 
 
 COMMANDS = {'export': _export, 'import': _import, 'check': _check}

@@ -110,6 +110,7 @@ def from_config(config, role, *, mesh=None, batch_axes=None, **fields):
   section = config[role].to_dict()
   name = section.pop('name')
   section.pop('weights', None)
+  mean, std = section.pop('mean'), section.pop('std')
   fields |= {key: value for key, value in section.items() if value is not None}
   row = teachers.TEACHERS.get(name)
   name = row.model if row else name
@@ -119,7 +120,8 @@ def from_config(config, role, *, mesh=None, batch_axes=None, **fields):
   )
   if 'mesh' in field_names(name):
     fields |= {'mesh': mesh, 'batch_axes': batch_axes}
-  stats = row.normalization if row else teachers.IMAGENET
+  own_mean, own_std = row.normalization if row else teachers.IMAGENET
+  stats = tuple(mean or own_mean), tuple(std or own_std)
   return create_model(name, **fields), stats
 
 

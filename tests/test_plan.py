@@ -1,0 +1,91 @@
+"""Planning a run for TPU chips that are not there."""
+
+import importlib.util
+import json
+
+import pytest
+
+from configs import distill_base
+from linearizer_jax import checkpoint, plan
+
+KEYS = {
+  'memory_bytes_per_chip',
+  'flops',
+  'bytes',
+  'step_seconds_bound',
+  'images_per_second',
+  'hours',
+  'max_batch_per_chip',
+}
+
+
+def stage(argument='smoke', **changes):
+  config = distill_base.get_config(argument).to_dict() | changes
+  return checkpoint.resolve_stage(config, 'distill')
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+  """A compiler of four chips that need 100 bytes and 30 per image."""
+  compiled = []
+
+  def compile_(config, devices, batch, memory):
+    compiled.append(batch)
+    held = 100 + 30 * batch
+    return (held, 2e12 * batch, 1e9 * batch) if held <= memory else None
+
+  chip = plan.Chip(flops=1e14, bandwidth=1e11, memory=1000)
+  monkeypatch.setattr(plan, '_slice', lambda topology: (chip, range(4)))
+  monkeypatch.setattr(plan, '_compile', compile_)
+  return compiled
+
+
+def test_the_largest_batch_is_found_and_confirmed(compiler, capsys):
+  result = plan.plan(stage(batch_size=64), 'v5e:2x2')
+  assert result['batch_per_chip'] == 16
+  assert result['configured_batch_fits']
+  assert result['max_batch_per_chip'] == 30
+  assert compiler == [16, 8, 30]
+  # Compute-bound: 32 TFLOP a chip at 100 TFLOP/s.
+  assert result['step_seconds_bound'] == pytest.approx(0.32)
+  assert result['images_per_second'] == pytest.approx(200)
+  assert result['hours'] == pytest.approx(3 * 0.32 / 3600)  # 3 steps
+  assert '30 images a chip' in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_halved(compiler, capsys):
+  result = plan.plan(stage(batch_size=4 * 64), 'v5e:2x2')
+  assert result['batch_per_chip'] == 16
+  assert not result['configured_batch_fits']
+  assert result['max_batch_per_chip'] == 30
+  assert compiler[:3] == [64, 32, 16]
+  assert 'does not fit' in capsys.readouterr().out
+
+
+def test_what_cannot_be_planned_is_refused(compiler, monkeypatch):
+  with pytest.raises(ValueError, match='batch_size is 6; it must be a mult'):
+    plan.plan(stage(batch_size=6), 'v5e:2x2')
+  monkeypatch.setattr(plan, '_compile', lambda *args: None)
+  with pytest.raises(ValueError, match='not even one image'):
+    plan.plan(stage(batch_size=8), 'v5e:2x2')
+
+
+def test_unknown_slices_are_named():
+  with pytest.raises(ValueError, match=r"--plan is 'v5e'; expected .* v5e:4x4"):
+    plan.plan(stage(), 'v5e')
+  with pytest.raises(ValueError, match=r"'h100:8'; .* v4, v5e, v5p, v6e"):
+    plan.plan(stage(), 'h100:8')
+
+
+@pytest.mark.tpu_compile
+def test_a_small_step_compiles(tmp_path):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('libtpu is not installed')
+  out = tmp_path / 'plan.json'
+  result = plan.plan(stage(), 'v5e:2x2', out)
+  assert json.loads(out.read_text()) == result
+  assert set(result) >= KEYS
+  assert result['batch_per_chip'] == 2
+  # Parameters and two moments, float32, and more.
+  assert result['memory_bytes_per_chip'] > 3 * 4 * 50_000
+  assert result['max_batch_per_chip'] > 2
