@@ -26,8 +26,8 @@ def base():
   """Every field with its default; a config file sets what it needs."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.task = 'distill'  # or 'classify'
-  config.train_role = 'student'  # which network 'classify' trains
+  config.task = 'distill'  # 'classify', 'evaluate', 'zeroshot'
+  config.train_role = 'student'  # or 'teacher'; not of 'distill'
   config.init = ''  # start from 'stage:NAME' or the work directory of a run
   config.batch_size = 2048  # images in an update, over all devices
   config.eval_batch_size = 2048
@@ -44,7 +44,12 @@ def base():
 
   config.distill = distill()
   config.classify = ml_collections.ConfigDict(
-    dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+    dict(
+      label_smoothing=0.0,
+      mixup=0.0,
+      cutmix=0.0,
+      text_embeddings='',  # of 'zeroshot', see linearizer_jax/zeroshot.py
+    )
   )
   config.data = data()
   config.optimizer = ml_collections.ConfigDict(

@@ -56,10 +56,9 @@ def get_config(argument=None):
   config.teacher.name = 'vit_tiny_patch16'
   for section in (config.student, config.teacher):
     section.dtype = 'float32'
-    section.depth, section.patch_size = 4, 2
+    section.width, section.depth, section.patch_size = 64, 4, 2
     # The digits' own: ImageNet's would put their black ground at -2.
     section.mean, section.std = (0.305,) * 3, (0.376,) * 3
-  config.student.width, config.teacher.width = 64, 96
   config.student.head_dim = 64
   config.student.state_dim = 16
   config.teacher.num_heads = 4

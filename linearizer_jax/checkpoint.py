@@ -157,7 +157,8 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
 
   Args:
     source, stage, step: see `describe`.
-    role: 'student' or 'teacher'; whichever was trained when None.
+    role: 'student' or 'teacher', whichever was trained when None; or 'heads',
+      the layers that only a distillation has.
     ema: the average instead of the raw weights, where one was kept.
 
   Returns:
@@ -177,12 +178,14 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
   try:
     tree = reader.metadata(path).tree
     key = 'ema' if ema and tree.get('ema') else 'params'
-    roles = [name for name in ('student', 'teacher') if name in tree[key]]
+    # The network comes last: 'heads' is the other name there may be.
+    roles = sorted(tree[key])
     if role not in (None, *roles):
       raise ValueError(
-        f'stage {stage!r} of {source} trained the {roles[0]}, not the {role}.'
+        f'stage {stage!r} of {source} trained the {roles[-1]}; it has no '
+        f'{role}.'
       )
-    role = role or roles[0]
+    role = role or roles[-1]
     item = {key: {role: tree[key][role]}}
     numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     params = reader.restore(

@@ -96,7 +96,7 @@ def _draw_maps(config, workdir, networks, path):
     params, info = checkpoint.load_params(workdir, stage=stage)
     stage_config = ml_collections.ConfigDict(info['config'])
     role = 'student'
-    if stage_config.task == 'classify':
+    if stage_config.task != 'distill':
       role = stage_config.train_role
     model, stats = models.from_config(stage_config, role, num_classes=0)
     params = {

@@ -27,10 +27,14 @@ from linearizer_jax import (
   optimizer,
   sharding,
   steps,
+  zeroshot,
 )
 from linearizer_jax.convert import load, weights
 from linearizer_jax.data import pipeline
 from linearizer_jax.models import layers, teachers
+
+# Tasks of no update: a stage that is its last evaluation.
+EVALUATIONS = ('evaluate', 'zeroshot')
 
 _log = logging.getLogger('linearizer_jax')
 
@@ -85,6 +89,8 @@ def run_stage(config, workdir, devices=None):
   schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
   tx = optimizer.make_optimizer(config, schedule)
   program = make_programs(config, task, tx, mesh)
+  if config.task in EVALUATIONS:
+    total_steps = 0
 
   # ------------------------- parameters born sharded, or where the run stood
   seeds = jax.random.split(jax.random.key(config.seed), 4)
@@ -187,14 +193,14 @@ def make_task(config, mesh, num_classes):
     num_classes: of the data.
 
   Returns:
-    `steps.Distill` or `steps.Classify`.
+    `steps.Distill`, or `steps.Classify` for every other task.
 
   Raises:
     ValueError: an unknown task or model, fields, grids or depths that do not
       fit, a mask ratio out of range.
   """
   placement = {'mesh': mesh, 'batch_axes': sharding.BATCH_AXES}
-  if config.task == 'classify':
+  if config.task in ('classify', *EVALUATIONS):
     role = config.train_role
     model, stats = models.from_config(
       config, role, num_classes=num_classes, **placement
@@ -202,7 +208,8 @@ def make_task(config, mesh, num_classes):
     return steps.Classify(model, role, *stats, config)
   if config.task != 'distill':
     raise ValueError(
-      f"config.task is {config.task!r}; expected 'distill' or 'classify'."
+      f"config.task is {config.task!r}; expected 'distill', 'classify', "
+      "'evaluate' or 'zeroshot'."
     )
   needs_logits = bool(config.distill.logit_weight)
   classes = num_classes if needs_logits else 0
@@ -321,19 +328,58 @@ def make_programs(config, task, tx, mesh):
 
 
 def start_state(config, program, workdir, key):
-  """A fresh train state; from other weights where `config.init` names some."""
+  """A fresh train state; from other weights where `config.init` names some.
+
+  What is only evaluated has to come from somewhere: `config.init`, or for a
+  teacher `config.teacher.weights`.
+  """
   params = program.init_params(key)
-  if config.init:
-    (role,) = [r for r in ('student', 'teacher') if r in params]
-    loaded = load_network(config, config.init, role, params[role], workdir)
-    params[role] = jax.tree.map(
-      lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding),
-      params[role],
-      checkpoint.merge_params(
-        params[role], loaded, config.init, may_lack=('head', 'mask_token')
-      ),
+  evaluated = config.task in EVALUATIONS
+  if not (config.init or evaluated):
+    return program.init_state(params)
+  (role,) = [r for r in ('student', 'teacher') if r in params]
+  source = config.init or (config.teacher.weights if role == 'teacher' else '')
+  if evaluated and role == 'student' and not source:
+    raise ValueError(
+      f"config.task is {config.task!r}, but config.init is '': there is no "
+      "student to evaluate. Set config.init to 'stage:NAME', the work "
+      'directory of a run, or weights of an Adventurer.'
     )
+  shapes, may_lack = params[role], ('head', 'mask_token')
+  if config.task == 'zeroshot':  # its head is made, not read
+    shapes = {name: x for name, x in shapes.items() if name != 'head'}
+  elif evaluated:
+    may_lack = ('mask_token',)
+  loaded = load_network(config, source, role, shapes, workdir)
+  if config.task == 'zeroshot':
+    projection = loaded.get('proj')
+    if role == 'student':
+      projection = load_class_projection(config.init, workdir)
+    loaded = loaded | {'head': zeroshot.head(config, projection)}
+  params[role] = jax.tree.map(
+    lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding),
+    params[role],
+    checkpoint.merge_params(params[role], loaded, source, may_lack=may_lack),
+  )
   return program.init_state(params)
+
+
+def load_class_projection(source, workdir):
+  """The layer from a student's class token to the teacher's, which it learnt.
+
+  Raises:
+    ValueError: `source` is no run, or one without `class_weight`.
+  """
+  stage = None
+  if source.startswith('stage:'):
+    stage, source = source.removeprefix('stage:'), workdir
+  heads, _ = checkpoint.load_params(source, stage=stage, role='heads')
+  if 'class' not in heads:
+    raise ValueError(
+      f'the student of {source} never learnt the class token of its teacher: '
+      'zero-shot needs a distillation with config.distill.class_weight above 0.'
+    )
+  return heads['class']
 
 
 def load_frozen(config, program, workdir, key):

@@ -24,6 +24,7 @@ ALLOWED = {
   'steps': {'losses', 'masking'},
   'figures': {'metrics', 'steps'},
   'report': {'checkpoint', 'figures', 'models', 'data'},
+  'zeroshot': set(),
   'plan': {'train', 'optimizer', 'sharding', 'data'},
   'train': {
     'steps',
@@ -35,6 +36,7 @@ ALLOWED = {
     'data',
     'models',
     'convert',
+    'zeroshot',
   },
 }
 

@@ -7,6 +7,7 @@ python -m linearizer_jax.convert check --teacher=openai/clip-vit-base-patch16
 
 import argparse
 import logging
+import pathlib
 import sys
 
 
@@ -47,6 +48,14 @@ def main(argv=None):
     '--steps', type=int, default=3, help='updates of a student to try'
   )
 
+  text = commands.add_parser('text', help='class names for zero-shot')
+  text.add_argument(
+    '--teacher', required=True, help='hub id or folder of a CLIP'
+  )
+  text.add_argument('--classes', required=True, help='file, one name a line')
+  text.add_argument('--prompts', help='file, one a line, {} for the name')
+  text.add_argument('--out', required=True, help='.npz file')
+
   options = parser.parse_args(argv)
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
@@ -83,7 +92,26 @@ def _check(options):
   check(options.teacher, name=options.name, steps=options.steps)
 
 
-COMMANDS = {'export': _export, 'import': _import, 'check': _check}
+def _text(options):
+  from linearizer_jax.convert import text
+
+  def lines(path):
+    rows = pathlib.Path(path).read_text(encoding='utf-8').splitlines()
+    return [row.strip() for row in rows if row.strip()]
+
+  prompts = lines(options.prompts) if options.prompts else text.PROMPTS
+  text.embed_classes(
+    options.teacher, lines(options.classes), options.out, prompts
+  )
+  print(f'Written to {options.out}.')
+
+
+COMMANDS = {
+  'export': _export,
+  'import': _import,
+  'check': _check,
+  'text': _text,
+}
 
 if __name__ == '__main__':
   sys.exit(main())
