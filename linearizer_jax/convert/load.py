@@ -83,9 +83,9 @@ def load(
   Args:
     source: the work directory of a run; an exported folder; a released
       Adventurer, .pth or safetensors, whose sizes are read off its tensors; a
-      name in `models.teachers.TEACHERS`, whose published weights are fetched;
-      or weights of such a teacher, a file, a folder or a hub id, with `name`.
-    name: the teacher that a file, a folder or a hub id holds.
+      name in `models.teachers.TEACHERS` or its hub id, whose published weights
+      are fetched; or other weights of such a teacher, with `name`.
+    name: the teacher that a file, a folder or another hub id holds.
     role, stage, step: of a work directory; see `checkpoint.load_params`.
     ema: the average instead of the raw weights, where there is one.
     legacy_positions: for an `image_size` that differs from that of a released
@@ -105,8 +105,10 @@ def load(
   path = pathlib.Path(source).expanduser()
   if any(path.glob('*/checkpoints')):
     return _from_workdir(path, role, stage, step, ema, overrides)
-  if name or str(source) in TEACHERS:
-    name, source = (name, source) if name else (str(source), None)
+  rows = {row.source: name for name, row in TEACHERS.items() if row.source}
+  if not name and str(source) in {*TEACHERS, *rows}:
+    name, source = rows.get(str(source), str(source)), None
+  if name:
     model, variables, row = load_teacher(name, source, **overrides)
     size = as_pair(model.image_size)
     return Loaded(model, variables, Preprocessing(size, row.mean, row.std))
@@ -196,7 +198,10 @@ def _from_tensors(path, tensors, legacy, overrides):
   config = path.parent / 'config.json'
   if config.is_file():
     config = json.loads(config.read_text(encoding='utf-8'))
-    found, preprocess = (config.get(k, {}) for k in ('model', 'preprocessing'))
+    found, preprocess = (
+      {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
+      for part in (config.get('model', {}), config.get('preprocessing', {}))
+    )
   fields = adventurer.fields(tensors, found.get('image_size')) | found
   positions_of = as_pair(fields['image_size'])
   fields |= overrides
