@@ -2,34 +2,46 @@
 
   python kernels/bench.py --shapes cpu_198 cpu_786 \
     --implementations default reference xla --out bench.json
+  python kernels/bench.py --chip v5e --out tpu.json   # without a TPU
 
 The programs of one shape run in turns, so that a busy machine slows all of
 them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
 bytes are its cost analysis, which counts the body of a loop once and of a
-Pallas kernel what that declares.
+Pallas kernel what that declares. With --chip nothing runs: the programs are
+compiled by libtpu for a chip that is not there, and have no times.
 """
 
 import argparse
 import json
+import os
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 
 from linearizer_jax.kernels.ssd import api, ssd
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
 ROUNDS = (3, 30)  # fewest and most, whatever --seconds
+TOPOLOGIES = {
+  'v4': 'v4:2x2x1',
+  'v5e': 'v5e:2x2',
+  'v5p': 'v5p:2x2x1',
+  'v6e': 'v6e:2x2',
+}
 
 
 def main():
   options = parse_arguments()
-  device = jax.devices()[0]
+  device = tpu_device(options.chip) if options.chip else jax.devices()[0]
   rows = []
   for name in options.shapes:
     shape = SHAPES[name]
-    args, cotangent = make_inputs(shape, options.dtype)
+    inputs = make_inputs(shape, options.dtype)
+    if options.chip:
+      inputs = shapes_on(device, inputs)
     for direction, function in (
       ('forward', forward),
       ('forward+backward', forward_backward),
@@ -40,13 +52,16 @@ def main():
       ]
       programs = []
       for row in new:
-        inputs = (args, cotangent)
-        compiled = function(row['implementation']).lower(*inputs).compile()
+        compiled = (
+          function(shape, row['implementation']).lower(*inputs).compile()
+        )
         row |= static_figures(compiled)
         programs.append(
-          compiled if row['temporary_mib'] < 1024 * options.max_gib else None
+          compiled
+          if row['temporary_mib'] < 1024 * options.max_gib and not options.chip
+          else None
         )
-      medians = median_times(programs, (args, cotangent), options.seconds)
+      medians = median_times(programs, inputs, options.seconds)
       for row, median in zip(new, medians, strict=True):
         row['milliseconds'] = median
         print(json.dumps(row), flush=True)
@@ -67,9 +82,14 @@ def main():
 
 def parse_arguments():
   """Shapes and implementations by name; what suits a CPU by default."""
-  platform = jax.devices()[0].platform
+  chip = argparse.ArgumentParser(add_help=False)
+  chip.add_argument('--chip', choices=TOPOLOGIES, help='compile for this TPU')
+  platform = 'tpu' if chip.parse_known_args()[0].chip else None
+  platform = platform or jax.devices()[0].platform
   on_cpu = platform == 'cpu'
-  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser = argparse.ArgumentParser(
+    description=__doc__.split('\n')[0], parents=[chip]
+  )
   parser.add_argument(
     '--shapes',
     nargs='+',
@@ -80,7 +100,9 @@ def parse_arguments():
     '--implementations',
     nargs='+',
     choices=['default', *api.IMPLEMENTATIONS],
-    default=['default', 'reference', 'xla'],
+    default=['pallas_tpu', 'xla_scan', 'xla']
+    if platform == 'tpu'
+    else ['default', 'reference', 'xla'],
   )
   parser.add_argument(
     '--all',
@@ -109,18 +131,35 @@ def parse_arguments():
   return options
 
 
+def tpu_device(chip):
+  """One device of a TPU that is not there."""
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  topology = topologies.get_topology_desc(
+    platform='tpu', topology_name=TOPOLOGIES[chip]
+  )
+  return topology.devices[0]
+
+
+def shapes_on(device, tree):
+  """Shapes of arrays as they would lie on a device that is not there."""
+  at = jax.sharding.SingleDeviceSharding(device)
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree
+  )
+
+
 def make_inputs(s, dtype):
-  """x, dt, A, B, C, D of a shape, and a cotangent of y."""
+  """x (B, L, H P), dt, A, B, C, D of a shape, and a cotangent of y."""
   rng = np.random.default_rng(0)
 
   def normal(*shape):
     return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
   dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.3), (s.batch, s.length, 1)))
-  x = normal(s.batch, s.length, s.heads, s.head_dim)
+  x = normal(s.batch, s.length, s.heads * s.head_dim)
   args = (
     x,
-    jnp.broadcast_to(jnp.float32(dt), x.shape[:3]),
+    jnp.broadcast_to(jnp.float32(dt), (*x.shape[:2], s.heads)),
     -jnp.linspace(1, 16, s.heads),
     normal(s.batch, s.length, s.groups, s.state_dim),
     normal(s.batch, s.length, s.groups, s.state_dim),
@@ -129,15 +168,24 @@ def make_inputs(s, dtype):
   return args, jnp.flip(x, axis=1)
 
 
-def forward(implementation):
-  """args, cotangent -> y."""
+def forward(shape, implementation):
+  """args, cotangent -> y, both (B, L, H P) as the mixer holds them.
+
+  A TPU would copy (B, L, H, P) with P < 128 into that layout and back.
+  """
   name = None if implementation == 'default' else implementation
-  return jax.jit(lambda args, _: ssd(*args, implementation=name))
+
+  def run(args, _):
+    x, *rest = args
+    heads = (*x.shape[:2], shape.heads, shape.head_dim)
+    return ssd(x.reshape(heads), *rest, implementation=name).reshape(x.shape)
+
+  return jax.jit(run)
 
 
-def forward_backward(implementation):
+def forward_backward(shape, implementation):
   """args, cotangent -> y and the gradients of args."""
-  run = forward(implementation)
+  run = forward(shape, implementation)
 
   def value_and_gradients(args, cotangent):
     y, pullback = jax.vjp(lambda args: run(args, None), args)
@@ -180,14 +228,19 @@ def median_times(programs, args, seconds):
 def markdown(rows):
   """One line per shape and implementation."""
   lines = [
-    '| shape | implementation | forward ms | MiB | fwd+bwd ms | MiB |',
-    '|---|---|---|---|---|---|',
+    '| shape | implementation | forward ms | temporary MiB | moved MiB '
+    '| fwd+bwd ms | temporary MiB | moved MiB |',
+    '|---|---|---|---|---|---|---|---|',
   ]
   table = {}
   for row in rows:
     ms = row['milliseconds']
     table.setdefault((row['shape'], row['implementation']), []).extend(
-      ['-' if ms is None else f'{ms:.1f}', f'{row["temporary_mib"]:.0f}']
+      [
+        '-' if ms is None else f'{ms:.1f}',
+        f'{row["temporary_mib"]:.0f}',
+        f'{row["mib_accessed"]:.0f}',
+      ]
     )
   lines += [f'| {" | ".join([*key, *v])} |' for key, v in table.items()]
   return '\n'.join(lines)
