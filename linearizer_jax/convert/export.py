@@ -67,22 +67,19 @@ def export(source, out, *, stage=None, step=None, onnx=False):
       differ. Nothing is left behind.
     ImportError: torch, or what ONNX needs, is not installed.
   """
-  out = pathlib.Path(out)
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise ValueError(f'{out} is there already: give another --out.')
-  loaded = load.load(source, stage=stage, step=step, dtype='float32')
-  if not isinstance(loaded.model, Adventurer):
-    raise ValueError(
-      f'{source} holds a {type(loaded.model).__name__}; only students are '
-      'exported. Choose a stage that trained one with --stage.'
-    )
   with _whole_folder(out) as folder:
+    loaded = load.load(source, stage=stage, step=step, dtype='float32')
+    if not isinstance(loaded.model, Adventurer):
+      raise ValueError(
+        f'{source} holds a {type(loaded.model).__name__}; only students are '
+        'exported. Choose a stage that trained one with --stage.'
+      )
     _write(folder, loaded, _provenance(source, stage, step))
     differences = {WEIGHTS: _compare_torch(folder, loaded)}
     if onnx:
       differences[ONNX] = _write_onnx(folder, loaded)
     for name, difference in differences.items():
-      if not difference <= TOLERANCE[name]:
+      if not difference <= TOLERANCE[name]:  # a NaN too
         raise ValueError(
           f'{name} differs from the model by {difference:.1e} (relative), more '
           f'than {TOLERANCE[name]:.0e}. Nothing was written.'
@@ -100,32 +97,31 @@ def import_folder(folder, workdir):
   Raises:
     ValueError: `folder` is no export, or `workdir` holds something.
   """
-  folder, workdir = pathlib.Path(folder), pathlib.Path(workdir)
-  if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-    raise ValueError(f'{workdir} is there already: give another --out.')
-  config = {}
-  if (folder / CONFIG).is_file():
-    config = checkpoint.read_json(folder / CONFIG)
-  if not config.get('run'):
-    raise ValueError(
-      f'{folder} was not exported from a run: its {CONFIG} names none. Use the '
-      'folder itself as config.init.'
-    )
-  loaded = load.load(folder)
-  run = config['run']['config'] | {'stages': [STAGE], 'per_stage': {}}
-  run |= {'task': 'classify', 'train_role': 'student'}
+  folder = pathlib.Path(folder)
   with _whole_folder(workdir) as partial:
+    path = folder / CONFIG
+    config = checkpoint.read_json(path) if path.is_file() else {}
+    if not config.get('run'):
+      raise ValueError(
+        f'{folder} was not exported from a run: its {CONFIG} names none. Use '
+        'the folder itself as config.init.'
+      )
+    run = config['run']['config'] | {'stages': [STAGE], 'per_stage': {}}
+    run |= {'task': 'classify', 'train_role': 'student'}
     checkpoint.claim_workdir(partial, run)
     checkpoint.save_params(
       checkpoint.stage_dir(partial, STAGE) / 'checkpoints',
       config['run']['step'],
-      {'student': loaded.variables['params']},
+      {'student': load.load(folder).variables['params']},
     )
 
 
 @contextlib.contextmanager
 def _whole_folder(out):
   """A new folder beside `out` that takes its name, or is removed on failure."""
+  out = pathlib.Path(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise ValueError(f'{out} is there already: give another --out.')
   out.parent.mkdir(parents=True, exist_ok=True)
   partial = tempfile.mkdtemp(prefix=f'.{out.name}-', dir=out.parent)
   try:
@@ -191,13 +187,14 @@ def _compare_torch(folder, loaded):
     nchw = torch.from_numpy(np.transpose(images, (0, 3, 1, 2)).copy())
     theirs = {'forward': other(nchw)} | other.features(nchw)
   ours = _outputs(loaded, images)
-  return max(
+  differences = [
     relative_difference(
       theirs[name].numpy().reshape(len(images), x.shape[-1], -1),
       np.moveaxis(x, -1, 1).reshape(len(images), x.shape[-1], -1),
     )
     for name, x in ours.items()
-  )
+  ]
+  return float(np.max(differences))  # unlike max, keeps a NaN
 
 
 def _load_torch(folder):
@@ -255,10 +252,11 @@ def _write_onnx(folder, loaded):
     folder / ONNX, providers=['CPUExecutionProvider']
   )
   ours = _outputs(loaded, images)['forward']
-  return max(
+  differences = [
     relative_difference(session.run(None, {'images': nchw[:n]})[0], ours[:n])
     for n in (1, 2)
-  )
+  ]
+  return float(np.max(differences))
 
 
 def _card(config, tensors):
