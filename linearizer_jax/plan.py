@@ -170,9 +170,12 @@ def _compile(config, devices, batch_per_chip, memory):
     + held.output_size_in_bytes
     - held.alias_size_in_bytes
   )
-  if total > memory:
-    return None
-  return total, cost['flops'], cost['bytes accessed']
+  found = total, cost['flops'], cost['bytes accessed']
+  _log.info(
+    '%d images a chip: %.2f GiB, %.2f TFLOP, %.1f GB moved',
+    *(batch_per_chip, found[0] / GIB, found[1] / 1e12, found[2] / 1e9),
+  )
+  return found if total <= memory else None
 
 
 def _largest(measured, batch, memory):
