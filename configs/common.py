@@ -111,7 +111,7 @@ def network(name):
 
 
 def distill():
-  """Losses of a distillation (docs of `steps.Distill`)."""
+  """Losses of a distillation (docs of `tasks.distill.Distill`)."""
   return ml_collections.ConfigDict(
     dict(
       mask_ratio=0.75,

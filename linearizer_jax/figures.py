@@ -3,7 +3,8 @@
 import jax
 import numpy as np
 
-from linearizer_jax import metrics, steps
+from linearizer_jax import metrics
+from linearizer_jax.tasks import inputs
 
 
 def loss_curves(workdir, path):
@@ -93,7 +94,7 @@ def activation_maps(images, networks, path, *, block=-1, query=None):
 
 def similarity(images, model, params, stats, *, block=-1):
   """Cosines of all pairs of patch tokens: (n, h, w, h, w) NumPy."""
-  images = steps.normalize(images, *stats)
+  images = inputs.normalize(images, *stats)
   _, out = jax.jit(model.apply)({'params': params}, images)
   tokens = np.asarray(out[f'block{block % model.depth:02d}'], np.float32)
   lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)

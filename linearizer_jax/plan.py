@@ -15,7 +15,7 @@ import pathlib
 import jax
 import ml_collections
 
-from linearizer_jax import optimizer, sharding, train
+from linearizer_jax import optimizer, sharding, tasks, train
 from linearizer_jax.data import pipeline
 
 _log = logging.getLogger('linearizer_jax')
@@ -135,7 +135,7 @@ def _compile(config, devices, batch_per_chip, memory):
   config = config.copy_and_resolve_references()
   config.batch_size = batch_per_chip * len(devices)
   mesh = sharding.make_mesh(devices, config.parallel.fsdp)
-  task = train.make_task(
+  task = tasks.make_task(
     config, mesh, pipeline.num_classes(config.data.to_dict())
   )
   tx = optimizer.make_optimizer(
@@ -143,7 +143,7 @@ def _compile(config, devices, batch_per_chip, memory):
   )
   programs = train.make_programs(config, task, tx, mesh)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  shape = (config.batch_size, *train.image_shape(config))
+  shape = (config.batch_size, *tasks.image_shape(config))
   struct = jax.ShapeDtypeStruct
   batch = {
     'image': struct(shape, 'uint8', sharding=split),

@@ -7,7 +7,14 @@ import jax
 import ml_collections
 import pytest
 
-from linearizer_jax import checkpoint, models, optimizer, sharding, train
+from linearizer_jax import (
+  checkpoint,
+  models,
+  optimizer,
+  sharding,
+  tasks,
+  train,
+)
 from linearizer_jax.data import pipeline
 
 FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
@@ -33,7 +40,7 @@ def test_full_size_resolves(name):
   mesh = sharding.make_mesh(fsdp=2)
   assert mesh.size == 8
   for config in stages(get_config(name)):
-    task = train.make_task(config, mesh, 1000)
+    task = tasks.make_task(config, mesh, 1000)
     tx = optimizer.make_optimizer(config, lambda step: 1e-3)
     programs = train.make_programs(config, task, tx, mesh)
     leaves = jax.tree.leaves(programs.state)

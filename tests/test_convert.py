@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import linearizer_jax
 from configs import digits
-from linearizer_jax import checkpoint
+from linearizer_jax import checkpoint, start
 from linearizer_jax.convert import FAMILIES, __main__, export, load, tables
 from linearizer_jax.kernels.ssd import ssd
 from linearizer_jax.models import create_model, list_models
@@ -417,12 +417,11 @@ def test_load_from_a_run(student_run):
 
 def test_training_starts_from_released_weights(student_run, tmp_path):
   """`config.init` takes an export; head and mask token start fresh."""
-  from linearizer_jax import train
 
   run, params, config = student_run
   export.export(run, tmp_path / 'out')
   config = config.copy_and_resolve_references()
-  found = train.load_network(
+  found = start.load_network(
     config, str(tmp_path / 'out'), 'student', params, tmp_path
   )
   jax.tree.map(np.testing.assert_array_equal, found, params)

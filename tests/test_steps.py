@@ -11,6 +11,7 @@ from configs import common
 from linearizer_jax import losses, masking, steps
 from linearizer_jax.models import create_model
 from linearizer_jax.models.teachers import CLIP, IMAGENET
+from linearizer_jax.tasks import classify, distill
 
 SIZE, PATCH, TOKENS = 16, 4, 16
 
@@ -24,7 +25,7 @@ def make_task(**changes):
       {f'distill.{name}': value for name, value in changes.items()}
     )
   shared = dict(depth=2, num_heads=2, patch_size=PATCH, image_size=SIZE)
-  task = steps.Distill(
+  task = distill.Distill(
     student=create_model(
       'vit_tiny_patch16', width=8, use_mask_token=True, num_classes=3, **shared
     ),
@@ -194,7 +195,7 @@ def test_feature_loss_at_every_stage_has_a_head_each():
   ],
 )
 def test_stage_blocks(depth, stages, want):
-  assert steps.stage_blocks(depth, stages, 'student') == want
+  assert distill.stage_blocks(depth, stages, 'student') == want
 
 
 def test_evaluation_equals_a_loop_over_single_images():
@@ -224,7 +225,7 @@ def test_mixing_keeps_shares_and_labels_together():
   images = np.zeros((2, 32, 32, 3), np.float32)
   images[1] = 1
   target = np.eye(2, dtype=np.float32)
-  mix = jax.jit(steps.mix_images, static_argnums=(3, 4))
+  mix = jax.jit(classify.mix_images, static_argnums=(3, 4))
   for mixup, cutmix in ((0.8, 0.0), (0.0, 1.0), (0.8, 1.0)):
     for seed in range(8):
       mixed, labels = mix(jax.random.key(seed), images, target, mixup, cutmix)
@@ -247,7 +248,7 @@ def test_classification_loss_is_smoothed_cross_entropy():
     image_size=SIZE,
     num_classes=3,
   )
-  task = steps.Classify(model, 'student', *IMAGENET, config)
+  task = classify.Classify(model, 'student', *IMAGENET, config)
   assert isinstance(config, ml_collections.ConfigDict)
   params = jax.jit(lambda k: task.init(k, (SIZE, SIZE, 3)))(jax.random.key(0))
   batch = {

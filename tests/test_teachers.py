@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from linearizer_jax.convert import FAMILIES, check, load, tables, weights
 from linearizer_jax.models import create_model, vit
 from linearizer_jax.models.teachers import TEACHERS, teacher_input_size
-from linearizer_jax.steps import resize_images
+from linearizer_jax.tasks.inputs import resize_images
 
 DEPTH, PATCH, SIZE = 6, 4, 24
 # As for the real models, but small; head width 16, MLP not 4 x width.

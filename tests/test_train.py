@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from linearizer_jax import checkpoint, metrics, steps, train
+from linearizer_jax import checkpoint, metrics, recorder, train
+from linearizer_jax.tasks import classify
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,14 +64,14 @@ class KilledError(Exception):
 
 def kill_at(monkeypatch, step):
   """Makes the loop die, without warning, after the update `step`."""
-  add = train.Recorder.add
+  add = recorder.Recorder.add
 
   def dying(self, at, values):
     add(self, at, values)
     if at == step:
       raise KilledError
 
-  monkeypatch.setattr(train.Recorder, 'add', dying)
+  monkeypatch.setattr(recorder.Recorder, 'add', dying)
 
 
 @pytest.mark.parametrize('num_devices', [1, 8])
@@ -147,7 +148,7 @@ def test_averages_and_best_steps_are_kept(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
   config = tiny()
-  prepare = steps.Classify.prepare
+  prepare = classify.Classify.prepare
 
   def poisoned(self, batch, key):
     batch = prepare(self, batch, key)
@@ -158,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
   train_key = jax.random.split(jax.random.key(config['seed']), 4)[1]
   poison = jax.random.fold_in(train_key, 3)
-  monkeypatch.setattr(steps.Classify, 'prepare', poisoned)
+  monkeypatch.setattr(classify.Classify, 'prepare', poisoned)
   with pytest.raises(FloatingPointError, match='step 4'):
     run(config, tmp_path)
   assert os.listdir(tmp_path / 'stage' / 'checkpoints') == ['2']

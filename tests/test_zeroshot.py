@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from test_train import run, tiny
 
-from linearizer_jax import checkpoint, models, steps, zeroshot
+from linearizer_jax import checkpoint, models, zeroshot
 from linearizer_jax.convert import load, text
 from linearizer_jax.data import pipeline
 from linearizer_jax.models import vit
+from linearizer_jax.tasks import inputs
 
 CLASSES = [f'class {n}' for n in range(10)]
 
@@ -75,7 +76,7 @@ def test_a_student_by_texts(small_clip, tmp_path):
 
   @jax.jit
   def features(images):
-    _, out = model.apply({'params': params}, steps.normalize(images, *stats))
+    _, out = model.apply({'params': params}, inputs.normalize(images, *stats))
     return out['class'] @ heads['class']['kernel'] + heads['class']['bias']
 
   assert result['accuracy'] == pytest.approx(scored(config, features, texts))
@@ -102,7 +103,7 @@ def test_a_teacher_by_texts(small_clip, tmp_path):
 
   @jax.jit
   def features(images):
-    images = steps.normalize(images, row.mean, row.std)
+    images = inputs.normalize(images, row.mean, row.std)
     return model.apply(variables, images)[1]['projected_class']
 
   assert result['accuracy'] == pytest.approx(scored(config, features, texts))
