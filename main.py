@@ -46,8 +46,9 @@ def main(argv):
   for stage in stages:
     train.check_stage(stage)
   checkpoint.claim_workdir(workdir, config)
+  programs = {}
   for stage in stages:
-    train.run_stage(stage, workdir)
+    train.run_stage(stage, workdir, shared=programs)
   report.write(config, workdir)
 
 

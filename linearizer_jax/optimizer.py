@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 # Not decayed although they have more than one axis (method: decay rules).
@@ -19,8 +20,8 @@ BLOCK = re.compile(r'^(?:layers|resblocks)_(\d+)$')
 EMBEDDINGS = ('patch_embed', 'conv1', 'ln_pre', *NO_DECAY)
 
 
-def make_schedule(config, total_steps, steps_per_epoch):
-  """Learning rate by update: linear warm-up, then cosine to `final_lr`.
+def learning_rates(config, total_steps, steps_per_epoch):
+  """Learning rate of each update: linear warm-up, then cosine to `final_lr`.
 
   Args:
     config: with `optimizer.learning_rate`, `schedule.warmup_epochs` and
@@ -29,7 +30,7 @@ def make_schedule(config, total_steps, steps_per_epoch):
     steps_per_epoch: updates in one epoch, float.
 
   Returns:
-    step -> float32 learning rate.
+    float32 NumPy array (total_steps,).
 
   Raises:
     ValueError: the warm-up is as long as the run.
@@ -40,25 +41,28 @@ def make_schedule(config, total_steps, steps_per_epoch):
       f'warm-up takes {warmup} of {total_steps} updates; lower '
       'config.schedule.warmup_epochs or raise config.epochs.'
     )
-  return optax.warmup_cosine_decay_schedule(
+  schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0 if warmup else config.optimizer.learning_rate,
     peak_value=config.optimizer.learning_rate,
     warmup_steps=warmup,
     decay_steps=total_steps,
     end_value=config.schedule.final_lr,
   )
+  return np.asarray(schedule(jnp.arange(total_steps)), np.float32)
 
 
-def make_optimizer(config, schedule):
-  """clip -> Adam -> decoupled decay -> layer-wise rates -> learning rate.
+def make_optimizer(config):
+  """clip -> Adam -> decoupled decay -> layer-wise rates -> descent.
+
+  The learning rate is not in it: the train step takes it as an argument, so
+  that stages which differ in rate or length are one program.
 
   Args:
     config: with `optimizer.{b1, b2, eps, weight_decay, clip_norm,
       layer_decay}`; clip_norm 0 means no clipping.
-    schedule: step -> learning rate.
 
   Returns:
-    An `optax.GradientTransformation`.
+    An `optax.GradientTransformation`; its updates are for a rate of 1.
   """
   options = config.optimizer
   parts = []
@@ -70,7 +74,7 @@ def make_optimizer(config, schedule):
   ]
   if options.layer_decay != 1.0:
     parts.append(scale_by_layer(options.layer_decay))
-  parts.append(optax.scale_by_learning_rate(schedule))
+  parts.append(optax.scale(-1.0))
   return optax.chain(*parts)
 
 

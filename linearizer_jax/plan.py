@@ -138,9 +138,7 @@ def _compile(config, devices, batch_per_chip, memory):
   task = tasks.make_task(
     config, mesh, pipeline.num_classes(config.data.to_dict())
   )
-  tx = optimizer.make_optimizer(
-    config, optimizer.make_schedule(config, 1000, 10.0)
-  )
+  tx = optimizer.make_optimizer(config)
   programs = train.make_programs(config, task, tx, mesh)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   shape = (config.batch_size, *tasks.image_shape(config))
@@ -152,8 +150,9 @@ def _compile(config, devices, batch_per_chip, memory):
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = struct(key.shape, key.dtype, sharding=whole)
   _log.info('compiling for %d images a chip', batch_per_chip)
+  rate = struct((), 'float32', sharding=whole)
   lowered = programs.train_step.lower(
-    programs.state, programs.frozen, batch, key
+    programs.state, programs.frozen, batch, key, rate
   )
   try:
     compiled = lowered.compile()

@@ -2,7 +2,7 @@
 
 A task (linearizer_jax/tasks) says what is trained and on which loss;
 `make_train_step` and `make_eval_step` turn it into functions of (state,
-frozen, batch, key). `frozen` holds what is used and never trained: the
+frozen, batch, key, rate). `frozen` holds what is used and never trained: the
 teacher's variables.
 """
 
@@ -31,14 +31,15 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
-  """One update as a pure function (state, frozen, batch, key) -> (state, m).
+  """One update: (state, frozen, batch, key, rate) -> (state, metrics).
 
   The step number is folded into the key, so that a resumed run draws what the
   uninterrupted one would have drawn.
 
   Args:
     task: `Distill` or `Classify`.
-    optimizer: an `optax.GradientTransformation`.
+    optimizer: an `optax.GradientTransformation`; its updates are multiplied by
+      `rate`, the learning rate.
     accumulate_steps: the batch is taken in so many parts, one after the other;
       gradients are averaged.
     ema_decay: of `state.ema`; 0 keeps none.
@@ -74,11 +75,12 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
     total, _ = jax.lax.scan(part, zeros, (jnp.arange(accumulate_steps), parts))
     return jax.tree.map(lambda x: x / accumulate_steps, total)
 
-  def train_step(state, frozen, batch, key):
+  def train_step(state, frozen, batch, key, rate):
     key = jax.random.fold_in(key, state.step)
     batch = task.prepare(batch, key)
     grads, metrics = gradients(state.params, frozen, batch, key)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates = jax.tree.map(lambda x: rate.astype(x.dtype) * x, updates)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
     if ema_decay:

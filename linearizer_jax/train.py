@@ -30,13 +30,14 @@ from linearizer_jax.data import pipeline
 _log = logging.getLogger('linearizer_jax')
 
 
-def run_stage(config, workdir, devices=None):
+def run_stage(config, workdir, devices=None, shared=None):
   """Trains one stage to its end; a stage that is done is not run again.
 
   Args:
     config: resolved config of the stage, a dict (`checkpoint.resolve_stage`).
     workdir: folder of the run, claimed by `checkpoint.claim_workdir`.
     devices: devices to use, all when None.
+    shared: dict of the run, which `shared_programs` fills and reads.
 
   Returns:
     Metrics of the last evaluation, 'seconds' of training and 'steps'; what
@@ -76,10 +77,9 @@ def run_stage(config, workdir, devices=None):
   eval_every = round(config.log.eval_every_epochs * steps_per_epoch)
 
   # ---------------------------------------------------- models and programs
-  task = tasks.make_task(config, mesh, pipeline.num_classes(data))
-  schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
-  tx = optimizer.make_optimizer(config, schedule)
-  program = make_programs(config, task, tx, mesh)
+  rates = optimizer.learning_rates(config, total_steps, steps_per_epoch)
+  num_classes = pipeline.num_classes(data)
+  program = shared_programs(config, mesh, num_classes, shared)
   if config.task in tasks.EVALUATIONS:
     total_steps = 0
 
@@ -128,10 +128,11 @@ def run_stage(config, workdir, devices=None):
   try:
     for step in range(start_step + 1, total_steps + 1):
       batch = sharding.global_batch(mesh, next(iterator))
-      state, values = program.train_step(state, frozen, batch, train_key)
+      rate = rates[step - 1]
+      state, values = program.train_step(state, frozen, batch, train_key, rate)
       record.add(step, values)
       if due(step, config.log.every_steps):
-        record.write(step, {'learning_rate': float(schedule(step - 1))})
+        record.write(step, {'learning_rate': float(rate)})
       tracked = None
       if due(step, eval_every):
         results = run_evaluation(step)
@@ -178,7 +179,8 @@ class Programs(NamedTuple):
   init_params: key -> params.
   init_frozen: key -> random parameters of a frozen teacher.
   init_state: params -> TrainState; params are donated.
-  train_step: (state, frozen, batch, key) -> (state, metrics); state donated.
+  train_step: (state, frozen, batch, key, rate) -> (state, metrics); state
+    donated, rate float32.
   eval_step: (params, frozen, batch, key) -> sums.
   """
 
@@ -189,6 +191,38 @@ class Programs(NamedTuple):
   init_state: Any
   train_step: Any
   eval_step: Any
+
+
+# Fields that a program is made of; rates, lengths, labels and files are not.
+PROGRAM_FIELDS = (
+  *('task', 'train_role', 'student', 'teacher', 'distill', 'classify'),
+  *('optimizer', 'parallel'),
+)
+
+
+def shared_programs(config, mesh, num_classes, shared=None):
+  """The stage's `make_programs`, those of an earlier stage alike in all of it.
+
+  Args:
+    config: resolved config of a stage, a ConfigDict.
+    mesh: from `sharding.make_mesh`.
+    num_classes: of the data.
+    shared: dict of what was made before, or None.
+
+  Returns:
+    `Programs`.
+  """
+  shared = {} if shared is None else shared
+  fields = {name: config[name] for name in PROGRAM_FIELDS}
+  fields = ml_collections.ConfigDict(fields).to_dict()
+  fields['optimizer'].pop('learning_rate')
+  fields['teacher'].pop('weights')
+  key = repr((fields, tasks.image_shape(config))), mesh, num_classes
+  if key not in shared:
+    task = tasks.make_task(config, mesh, num_classes)
+    tx = optimizer.make_optimizer(config)
+    shared[key] = make_programs(config, task, tx, mesh)
+  return shared[key]
 
 
 def make_programs(config, task, tx, mesh):
@@ -243,7 +277,7 @@ def make_programs(config, task, tx, mesh):
     init_state=jax.jit(init_state, out_shardings=state_at, donate_argnums=0),
     train_step=jax.jit(
       train_step,
-      in_shardings=(state_at, frozen_at, split, whole),
+      in_shardings=(state_at, frozen_at, split, whole, whole),
       out_shardings=(state_at, whole),
       donate_argnums=0,
     ),

@@ -41,7 +41,7 @@ def test_full_size_resolves(name):
   assert mesh.size == 8
   for config in stages(get_config(name)):
     task = tasks.make_task(config, mesh, 1000)
-    tx = optimizer.make_optimizer(config, lambda step: 1e-3)
+    tx = optimizer.make_optimizer(config)
     programs = train.make_programs(config, task, tx, mesh)
     leaves = jax.tree.leaves(programs.state)
     assert all(leaf.sharding.mesh == mesh for leaf in leaves)

@@ -12,6 +12,7 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from linearizer_jax.models.layers import (
   DropPath,
@@ -41,6 +42,24 @@ head_init = nn.initializers.normal(0.02)
 def embedding_init(key, shape, dtype=jnp.float32):
   """Normal(1 / sqrt(width)), as CLIP's: with 0.02 a narrow ViT learns late."""
   return shape[-1] ** -0.5 * jax.random.normal(key, shape, dtype)
+
+
+def position_init(key, grid, width, class_token):
+  """Positions to start from: waves over the grid, (T, D) float32.
+
+  Sines and cosines of a patch's column and row at width / 4 frequencies between
+  1 and 1 / 100, times 1/2; 0 for the class token. They are trained like any
+  parameter: from noise a small ViT first spends hundreds of updates on finding
+  out which patches are neighbours.
+  """
+  del key
+  frequencies = 100.0 ** -np.linspace(0, 1, width // 4)
+  rows, columns = (y.reshape(-1, 1) for y in np.mgrid[: grid[0], : grid[1]])
+  waves = np.concatenate(
+    [f(x * frequencies) for x in (columns, rows) for f in (np.sin, np.cos)], 1
+  )  # (L, D), less what 4 does not divide
+  padding = ((int(class_token), 0), (0, width - waves.shape[1]))
+  return jnp.asarray(np.pad(waves / 2, padding), jnp.float32)
 
 
 def LayerNorm(epsilon, dtype, name):  # noqa: N802 (made like a layer)
@@ -376,8 +395,10 @@ class ViT(nn.Module):
 
     positions = self.param(
       'positional_embedding',
-      embedding_init,
-      (self.class_token + old_grid[0] * old_grid[1], self.width),
+      position_init,
+      old_grid,
+      self.width,
+      self.class_token,
     )
     patch_positions = resize_positions(
       positions[None, int(self.class_token) :],
