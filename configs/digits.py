@@ -89,7 +89,7 @@ def get_config(argument=None):
     | dict(
       init='stage:distill',
       steps=FEW_STEPS,
-      optimizer=dict(learning_rate=1e-3, layer_decay=0.75),
+      optimizer=dict(learning_rate=1e-3),
     ),
   }
   for name, rate in RATES.items():
