@@ -8,12 +8,14 @@ The programs of one shape run in turns, so that a busy machine slows all of
 them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
 bytes are its cost analysis, which counts the body of a loop once and of a
 Pallas kernel what that declares. With --chip nothing runs: the programs are
-compiled by libtpu for a chip that is not there, and have no times.
+compiled by libtpu for a chip that is not there, and have no times; --bundles
+adds the exact length of the schedule of every Pallas kernel.
 """
 
 import argparse
 import json
 import os
+import tempfile
 import time
 
 import jax
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
+from linearizer_jax.kernels import cost
 from linearizer_jax.kernels.ssd import api, ssd
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
@@ -35,6 +38,10 @@ TOPOLOGIES = {
 
 def main():
   options = parse_arguments()
+  dumps = None
+  if options.bundles:
+    dumps = tempfile.mkdtemp()
+    cost.dump_schedules(dumps)
   device = tpu_device(options.chip) if options.chip else jax.devices()[0]
   rows = []
   for name in options.shapes:
@@ -52,10 +59,11 @@ def main():
       ]
       programs = []
       for row in new:
-        compiled = (
-          function(shape, row['implementation']).lower(*inputs).compile()
-        )
+        traced = function(shape, row['implementation']).trace(*inputs)
+        compiled = traced.lower().compile()
         row |= static_figures(compiled)
+        if dumps:
+          row['bundles'] = cost.take_schedules(dumps, traced.jaxpr.jaxpr)
         programs.append(
           compiled
           if row['temporary_mib'] < 1024 * options.max_gib and not options.chip
@@ -68,6 +76,8 @@ def main():
       rows += new
 
   print('\n' + markdown(rows))
+  if options.bundles:
+    print('\n' + schedules(rows))
   if options.out:
     about = {
       'device': device.device_kind,
@@ -119,8 +129,15 @@ def parse_arguments():
     default=8,
     help='programs with more temporary memory are compiled but not run',
   )
+  parser.add_argument(
+    '--bundles',
+    action='store_true',
+    help='with --chip: instruction bundles of every Pallas kernel',
+  )
   parser.add_argument('--out', help='a JSON file to write')
   options = parser.parse_args()
+  if options.bundles and not options.chip:
+    parser.error('--bundles needs --chip')
   if options.all:
     options.shapes = list(SHAPES)
     options.implementations = [
@@ -243,6 +260,24 @@ def markdown(rows):
       ]
     )
   lines += [f'| {" | ".join([*key, *v])} |' for key, v in table.items()]
+  return '\n'.join(lines)
+
+
+def schedules(rows):
+  """One line per Pallas kernel of a program: its bundles, one a cycle."""
+  lines = [
+    '| shape | direction | kernel | grid steps | bundles a step '
+    '| per head and 128 tokens |',
+    '|---|---|---|---|---|---|',
+  ]
+  for row in rows:
+    s = SHAPES[row['shape']]
+    units = s.batch * s.heads * s.length / 128
+    lines += [
+      f'| {row["shape"]} | {row["direction"]} | {name} | {steps} | {bundles} '
+      f'| {steps * bundles / units:.1f} |'
+      for name, (steps, bundles) in row['bundles'].items()
+    ]
   return '\n'.join(lines)
 
 

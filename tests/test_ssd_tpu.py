@@ -11,11 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from test_ssd import BFLOAT16, FLOAT32, assert_close, exact
 
-from linearizer_jax.kernels.cost import block_bytes
+from linearizer_jax.kernels.cost import block_bytes, pallas_calls
 from linearizer_jax.kernels.ssd.pallas_tpu import choose_blocks, ssd_pallas_tpu
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
@@ -151,15 +150,6 @@ def test_what_it_cannot_do(change, message):
   heads = x.shape[2]
   with pytest.raises(NotImplementedError, match=message):
     ssd_pallas_tpu(x, jnp.ones((1, 8, heads)), -jnp.ones(heads), b, b)
-
-
-def pallas_calls(jaxpr):
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == 'pallas_call':
-      yield eqn
-      continue
-    for inner in jaxprs_in_params(eqn.params):
-      yield from pallas_calls(inner)
 
 
 def arguments(shape, dtype='bfloat16', sharding=None):
