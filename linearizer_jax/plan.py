@@ -15,7 +15,7 @@ import pathlib
 import jax
 import ml_collections
 
-from linearizer_jax import optimizer, sharding, tasks, train
+from linearizer_jax import optimizer, sharding, tasks, traffic, train
 from linearizer_jax.data import pipeline
 
 _log = logging.getLogger('linearizer_jax')
@@ -55,6 +55,7 @@ def plan(config, topology, out=None):
 
   Returns:
     dict of memory_bytes_per_chip, flops, bytes (both of a chip and step),
+    traffic (what of the bytes is HBM's, by source: `traffic.by_source`),
     step_seconds_bound, images_per_second, hours, batch_per_chip,
     configured_batch_fits and max_batch_per_chip.
 
@@ -131,7 +132,7 @@ def _slice(topology):
 
 
 def _compile(config, devices, batch_per_chip, memory):
-  """(bytes held, FLOPs, bytes moved) of a chip, or None if it does not fit."""
+  """Bytes held, FLOPs, bytes moved, their sources, of a chip; None: no fit."""
   config = config.copy_and_resolve_references()
   config.batch_size = batch_per_chip * len(devices)
   mesh = sharding.make_mesh(devices, config.parallel.fsdp)
@@ -169,7 +170,8 @@ def _compile(config, devices, batch_per_chip, memory):
     + held.output_size_in_bytes
     - held.alias_size_in_bytes
   )
-  found = total, cost['flops'], cost['bytes accessed']
+  sources = traffic.by_source(compiled.as_text())
+  found = total, cost['flops'], cost['bytes accessed'], sources
   _log.info(
     '%d images a chip: %.2f GiB, %.2f TFLOP, %.1f GB moved',
     *(batch_per_chip, found[0] / GIB, found[1] / 1e12, found[2] / 1e9),
@@ -186,7 +188,7 @@ def _largest(measured, batch, memory):
 
 def _figures(config, compiled, chip, batch_size):
   """The result but for what was searched."""
-  held, flops, moved = compiled
+  held, flops, moved, sources = compiled
   seconds = max(flops / chip.flops, moved / chip.bandwidth)
   examples = pipeline.num_train_examples(config.data.to_dict())
   steps = config.steps or math.ceil(config.epochs * examples / batch_size)
@@ -194,6 +196,7 @@ def _figures(config, compiled, chip, batch_size):
     'memory_bytes_per_chip': held,
     'flops': flops,
     'bytes': moved,
+    'traffic': [[*key, value] for key, value in sources.items()],
     'step_seconds_bound': seconds,
     'images_per_second': batch_size / seconds,
     'hours': steps * seconds / 3600,
@@ -215,4 +218,6 @@ def _table(result):
   ]
   if not r['configured_batch_fits']:
     lines.append('  The configured batch does not fit; this is a smaller one.')
+  lines += ['of the traffic, between HBM and compute units:']
+  lines += traffic.table(r['traffic'])
   return '\n'.join(lines)

@@ -28,7 +28,8 @@ ALLOWED = {
   'figures': {'metrics', 'tasks'},
   'report': {'checkpoint', 'figures', 'models', 'data'},
   'zeroshot': set(),
-  'plan': {'train', 'tasks', 'optimizer', 'sharding', 'data'},
+  'plan': {'train', 'tasks', 'optimizer', 'sharding', 'data', 'traffic'},
+  'traffic': set(),
   'train': {
     'checkpoint',
     'data',

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs import distill_base
-from linearizer_jax import checkpoint, plan
+from linearizer_jax import checkpoint, plan, traffic
 
 KEYS = {
   'memory_bytes_per_chip',
@@ -32,7 +32,9 @@ def compiler(monkeypatch):
   def compile_(config, devices, batch, memory):
     compiled.append(batch)
     held = 100 + 30 * batch
-    return (held, 2e12 * batch, 1e9 * batch) if held <= memory else None
+    sources = {('Adventurer/layers/mixer', 'forward'): 10**8 * batch}
+    found = held, 2e12 * batch, 1e9 * batch, sources
+    return found if held <= memory else None
 
   chip = plan.Chip(flops=1e14, bandwidth=1e11, memory=1000)
   monkeypatch.setattr(plan, '_slice', lambda topology: (chip, range(4)))
@@ -50,7 +52,9 @@ def test_the_largest_batch_is_found_and_confirmed(compiler, capsys):
   assert result['step_seconds_bound'] == pytest.approx(0.32)
   assert result['images_per_second'] == pytest.approx(200)
   assert result['hours'] == pytest.approx(3 * 0.32 / 3600)  # 3 steps
-  assert '30 images a chip' in capsys.readouterr().out
+  printed = capsys.readouterr().out
+  assert '30 images a chip' in printed
+  assert '1.60 GB  forward   Adventurer/layers/mixer' in printed
 
 
 def test_a_batch_that_does_not_fit_is_halved(compiler, capsys):
@@ -68,6 +72,38 @@ def test_what_cannot_be_planned_is_refused(compiler, monkeypatch):
   monkeypatch.setattr(plan, '_compile', lambda *args: None)
   with pytest.raises(ValueError, match='not even one image'):
     plan.plan(stage(batch_size=8), 'v5e:2x2')
+
+
+PROGRAM = """\
+%body (p: (f32[8,128])) -> (f32[8,128]) {
+  %p = (f32[8,128]{1,0}) parameter(0)
+  %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=0
+  %n = f32[8,128]{1,0} negate(%x), metadata={op_name="jit(f)/A/b_1/neg"}
+  ROOT %t = (f32[8,128]{1,0}) tuple(%n)
+}
+
+ENTRY %main (a: bf16[16,128]) -> bf16[16,128] {
+  %a = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %s = ((bf16[16,128]{1,0}), bf16[4,128]{1,0:S(1)}, s32[]) slice-start(%a)
+  %d = bf16[4,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+  %v = bf16[16,128]{1,0:S(1)} fusion(%a, %d), calls=%g, \
+metadata={op_name="jit(f)/transpose(jvp(A))/b_3/dot/add"}
+  %w = (f32[8,128]{1,0}) while(%z), condition=%c, body=%body, \
+backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %k = bf16[16,128]{1,0} custom-call(%v), \
+custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/A/b_1/k/call"}
+}
+"""
+
+
+def test_traffic_counts_what_crosses_to_hbm():
+  """VMEM moves nothing, a slice what it keeps, a loop its trips."""
+  assert traffic.by_source(PROGRAM, depth=2) == {
+    ('A/b', 'forward'): 3 * 2 * 8 * 128 * 4,
+    ('A/b', 'backward'): 16 * 128 * 2,
+    ('A/b', 'kernel'): 16 * 128 * 2,
+    ('without a name', 'copy'): 4 * 128 * 2,
+  }
 
 
 def test_unknown_slices_are_named():

@@ -2,7 +2,11 @@
 
 import functools
 import importlib.util
+import json
 import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -281,3 +285,28 @@ def test_memory_is_linear_in_length():
   states = steps * blocks.state_dim * blocks.channels * 4
   arrays = 2 * 3 * shape.length * blocks.channels * 2  # layouts of x, dy, dx
   assert temporaries.temp_size_in_bytes < states + arrays
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.slow
+def test_schedules_stay_short(tmp_path):
+  """Bundles per head and 128 tokens, as `kernels/bench.py` counts them."""
+  tpu_sharding('v5e')  # or skip
+  out = tmp_path / 'bench.json'
+  shape = SHAPES['base_1024_tokens']
+  command = 'kernels/bench.py --chip v5e --bundles --shapes base_1024_tokens'
+  subprocess.run(
+    [sys.executable, *command.split(), '--implementations', 'pallas_tpu']
+    + ['--out', str(out)],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    check=True,
+  )
+  rows = json.loads(out.read_text())['rows']
+  units = shape.batch * shape.heads * shape.length / 128
+  per_unit = {
+    name: steps * bundles / units
+    for name, (steps, bundles) in rows[-1]['bundles'].items()
+  }
+  assert per_unit['ssd_fwd'] < 75
+  assert per_unit['ssd_bwd'] < 225
