@@ -35,19 +35,24 @@ def by_source(text, depth=3):
   Args:
     text: `compiled.as_text()` of a program for a TPU.
     depth: modules that a source is named by, such as
-      'Adventurer/layers/mixer'; numbers of blocks are left out.
+      'Adventurer/layers/mixer'; numbers of blocks are left out. What has no
+    name of its own, as a move to VMEM, has that of the array it moves.
 
   Returns:
     {(source, kind): bytes}, largest first; kind is 'forward', 'backward',
-    'copy' (a change of layout alone) or 'kernel' (a Pallas call).
+    'copy' (a change of layout alone), 'move' (between HBM and VMEM alone) or
+    'kernel' (a Pallas call).
   """
   computations, entry = _parse(text)
   found = collections.Counter()
 
   def walk(computation, times):
-    types = {}
+    types, sources = {}, {}
     for name, result, opcode, rest in computations[computation]:
+      operands = re.findall(r'%([^\s,)]+)', rest.split(')')[0])
+      inherited = (sources[o] for o in operands if sources.get(o))
       types[name] = result
+      sources[name] = _source(rest, depth) or next(inherited, None)
       if opcode == 'while':
         trips = re.search(r'known_trip_count":\{"n":"(\d+)', rest)
         body = re.search(r'body=%([^,\s]+)', rest).group(1)
@@ -57,9 +62,9 @@ def by_source(text, depth=3):
       elif not _FREE.fullmatch(opcode) and not any(
         f'"{target}"' in rest for target in _FREE_CALLS
       ):
-        operands = re.findall(r'%([^\s,)]+)', rest.split(')')[0])
         moved = _moved(opcode, result, [types.get(o, '') for o in operands])
-        found[_source(rest, depth), _kind(opcode, rest)] += times * moved
+        source = sources[name] or 'without a name'
+        found[source, _kind(opcode, rest)] += times * moved
 
   walk(entry, 1)
   return dict(found.most_common())
@@ -113,10 +118,12 @@ def _bytes(array, everywhere=False):
 
 
 def _source(rest, depth):
-  """'Adventurer/layers/mixer' from an instruction's op_name."""
+  """'Adventurer/layers/mixer' from an instruction's op_name, or None."""
   name = re.search(r'op_name="([^"]*)"', rest)
   if not name:
-    return 'without a name'
+    return None
+  if '/' not in name.group(1):  # an argument: state.params['student']...
+    return name.group(1).split('[')[0]
   parts = []
   for part in name.group(1).split('/')[:-1]:
     part = re.sub(r'^(?:(?!jit)\w+\()+|\)+$', '', part)  # of jvp, transpose
@@ -128,6 +135,8 @@ def _source(rest, depth):
 def _kind(opcode, rest):
   if 'tpu_custom_call' in rest:
     return 'kernel'
-  if opcode in ('copy', 'copy-start', 'slice-start', 'transpose'):
+  if opcode in ('copy-start', 'slice-start'):
+    return 'move'
+  if opcode in ('copy', 'transpose'):
     return 'copy'
   return 'backward' if 'transpose(' in rest else 'forward'

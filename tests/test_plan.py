@@ -83,7 +83,7 @@ PROGRAM = """\
 }
 
 ENTRY %main (a: bf16[16,128]) -> bf16[16,128] {
-  %a = bf16[16,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %a = bf16[16,128]{1,0} parameter(0), metadata={op_name="state.params['x']"}
   %s = ((bf16[16,128]{1,0}), bf16[4,128]{1,0:S(1)}, s32[]) slice-start(%a)
   %d = bf16[4,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
   %v = bf16[16,128]{1,0:S(1)} fusion(%a, %d), calls=%g, \
@@ -102,7 +102,7 @@ def test_traffic_counts_what_crosses_to_hbm():
     ('A/b', 'forward'): 3 * 2 * 8 * 128 * 4,
     ('A/b', 'backward'): 16 * 128 * 2,
     ('A/b', 'kernel'): 16 * 128 * 2,
-    ('without a name', 'copy'): 4 * 128 * 2,
+    ('state.params', 'move'): 4 * 128 * 2,
   }
 
 
