@@ -116,7 +116,12 @@ def run_stage(config, workdir, devices=None, shared=None):
     for prefix, params in averages.items():
       if params is not None:
         means = evaluate.evaluate(
-          program.eval_step, params, frozen, eval_batches, eval_key, place
+          program.eval_step,
+          params,
+          steps.constants(state, frozen),
+          eval_batches,
+          eval_key,
+          place,
         )
         values |= {prefix + name: value for name, value in means.items()}
     record.evaluation(step, values)
@@ -176,7 +181,7 @@ def check_stage(config, devices=None):
 class Programs(NamedTuple):
   """Compiled on first use; `state` and `frozen` are their arguments' shapes.
 
-  init_params: key -> params.
+  init_params: key -> params, with 'batch_stats' where there is a batch norm.
   init_frozen: key -> random parameters of a frozen teacher.
   init_state: params -> TrainState; params are donated.
   train_step: (state, frozen, batch, key, rate) -> (state, metrics); state
@@ -244,8 +249,12 @@ def make_programs(config, task, tx, mesh):
     return task.init(key, tasks.image_shape(config))
 
   def init_state(params):
+    params = dict(params)
+    batch_stats = params.pop('batch_stats', None)
     copy = jax.tree.map(jnp.copy, params) if ema_decay else None
-    return steps.TrainState(jnp.int32(0), params, tx.init(params), copy)
+    return steps.TrainState(
+      jnp.int32(0), params, tx.init(params), copy, batch_stats
+    )
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = sharding.with_sharding(mesh, jax.eval_shape(init_params, key))
@@ -283,7 +292,12 @@ def make_programs(config, task, tx, mesh):
     ),
     eval_step=jax.jit(
       steps.make_eval_step(task),
-      in_shardings=(params_at, frozen_at, split, whole),
+      in_shardings=(
+        state_at.params,
+        steps.constants(state_at, frozen_at),
+        split,
+        whole,
+      ),
       out_shardings=whole,
     ),
   )
