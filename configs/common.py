@@ -147,13 +147,17 @@ def distill():
 def data():
   """ImageNet with the paper's augmentation (`data.pipeline.DataConfig`)."""
   optional = config_dict.placeholder
+
+  def pair(size):  # an int or a tuple of two
+    return config_dict.FieldReference(size, field_type=object)
+
   return ml_collections.ConfigDict(
     dict(
       name='imagenet2012',
       data_dir=optional(str),
       train_split=optional(str),
       eval_split=optional(str),
-      image_size=224,
+      image_size=pair(224),  # side, or (height, width)
       num_classes=10,  # 'generated' and dense 'folder' only
       num_examples=256,
       labels_per_class=optional(int),
@@ -174,8 +178,8 @@ def data():
       short_side=0,
       scale_range=(0.5, 2.0),
       category_max_ratio=0.75,
-      eval_window=0,  # side or (height, width); 0: the whole image
-      eval_stride=0,
+      eval_window=pair(0),  # side or (height, width); 0: the whole image
+      eval_stride=pair(0),
       num_workers=8,
       num_threads=1,
     )

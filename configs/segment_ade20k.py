@@ -45,6 +45,7 @@ def get_config(argument=None):
   config.data.dense = True
   config.data.image_size = 512
   config.data.short_side = 512
+  config.data.eval_crop = 1.0
   config.data.color_jitter = 0.4
   config.data.eval_window = 512
   config.data.eval_stride = 341

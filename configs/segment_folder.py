@@ -44,6 +44,7 @@ def get_config(argument=None):
   config.data.dense = True
   config.data.image_size = (96, 128)
   config.data.short_side = options.short
+  config.data.eval_crop = 1.0
   config.data.scale_range = (0.8, 2.0)
   config.data.color_jitter = 0.2
   config.data.num_workers = 0
