@@ -201,7 +201,7 @@ class Programs(NamedTuple):
 # Fields that a program is made of; rates, lengths, labels and files are not.
 PROGRAM_FIELDS = (
   *('task', 'train_role', 'student', 'teacher', 'distill', 'classify'),
-  *('optimizer', 'parallel'),
+  *('segment', 'optimizer', 'parallel'),
 )
 
 
@@ -222,7 +222,8 @@ def shared_programs(config, mesh, num_classes, shared=None):
   fields = ml_collections.ConfigDict(fields).to_dict()
   fields['optimizer'].pop('learning_rate')
   fields['teacher'].pop('weights')
-  key = repr((fields, tasks.image_shape(config))), mesh, num_classes
+  windows = config.data.eval_window, config.data.eval_stride
+  key = repr((fields, tasks.image_shape(config), windows)), mesh, num_classes
   if key not in shared:
     task = tasks.make_task(config, mesh, num_classes)
     tx = optimizer.make_optimizer(config)

@@ -475,12 +475,16 @@ def test_batch_statistics_are_those_of_the_whole_batch():
   for devices in (jax.devices()[:1], jax.devices()):
     mesh = sharding.make_mesh(devices)
     task = tasks.make_task(config, mesh, 3)
-    tx = optimizer.make_optimizer(config, lambda step: 1e-3)
+    tx = optimizer.make_optimizer(config)
     program = train.make_programs(config, task, tx, mesh)
     key = jax.random.key(1)
     state = program.init_state(program.init_params(key))
     state, values = program.train_step(
-      state, {}, sharding.global_batch(mesh, batch), key
+      state,
+      {},
+      sharding.global_batch(mesh, batch),
+      key,
+      np.float32(1e-3),
     )
     found.append(jax.device_get((state.batch_stats, values['loss'])))
   jax.tree.map(

@@ -242,8 +242,8 @@ def train_pair(example, config, rng):
 
   Scale uniform in `data.scale_range`, of the image brought to
   `data.short_side`; a crop of `data.image_size`, drawn again up to ten times
-  while one class has more than `data.category_max_ratio` of its labelled
-  pixels; flip; colour jitter. Where the scaled image is smaller than the crop,
+  while one class has more than `data.category_max_ratio` of its labelled pixels,
+  or none is labelled; flip; colour jitter. Where the scaled image is smaller than the crop,
   it is filled up with grey, and with ignored labels.
 
   Args:
@@ -260,8 +260,9 @@ def train_pair(example, config, rng):
   image = transforms.decoded(example, 'RGB')
   label = Image.fromarray(example['label'])
   size = np.asarray(scaled_size((image.height, image.width), config.short_side))
-  size = np.maximum(1, np.round(size * rng.uniform(*config.scale_range)))
-  crop = np.minimum(config.image_size, size).astype(int)
+  size = np.round(size * rng.uniform(*config.scale_range)).astype(int)
+  size = np.maximum(1, size)
+  crop = np.minimum(config.image_size, size)
   ratio = np.asarray((image.height, image.width)) / size
   for _ in range(_CROP_TRIES):
     top, left = (int(rng.integers(room + 1)) for room in size - crop)
@@ -273,7 +274,7 @@ def train_pair(example, config, rng):
       (int(crop[1]), int(crop[0])), Image.Resampling.NEAREST, box
     )
     counts = np.bincount(np.asarray(part).ravel(), minlength=256)[:IGNORED]
-    if counts.max() <= config.category_max_ratio * counts.sum():
+    if 0 < counts.max() <= config.category_max_ratio * counts.sum():
       break
   image = image.resize(part.size, Image.Resampling.BILINEAR, box)
   if config.flip and rng.random() < 0.5:
