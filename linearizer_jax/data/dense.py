@@ -242,9 +242,10 @@ def train_pair(example, config, rng):
 
   Scale uniform in `data.scale_range`, of the image brought to
   `data.short_side`; a crop of `data.image_size`, drawn again up to ten times
-  while one class has more than `data.category_max_ratio` of its labelled pixels,
-  or none is labelled; flip; colour jitter. Where the scaled image is smaller than the crop,
-  it is filled up with grey, and with ignored labels.
+  while none of its pixels is labelled, or one class has more than
+  `data.category_max_ratio` of those that are; flip; colour jitter. Where the
+  scaled image is smaller than the crop, it is filled up with grey, and with
+  ignored labels.
 
   Args:
     example: of a source of this file.
