@@ -417,6 +417,7 @@ def state_of(workdir):
   return student, heads, info['batch_stats']
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):
   whole, result = finished
   assert result['count'] == 12
@@ -442,6 +443,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path, monkeypatch):
   assert not all(np.isin(x, (0, 1)).all() for x in stats)
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_again_or_refused(finished, tmp_path):
   whole, result = finished
   config = tiny(
