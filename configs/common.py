@@ -26,7 +26,8 @@ def base():
   """Every field with its default; a config file sets what it needs."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.task = 'distill'  # 'classify', 'evaluate', 'zeroshot'
+  # 'classify', 'evaluate', 'zeroshot', 'segment', 'evaluate_segment'
+  config.task = 'distill'
   config.train_role = 'student'  # or 'teacher'; not of 'distill'
   config.init = ''  # start from 'stage:NAME' or the work directory of a run
   config.batch_size = 2048  # images in an update, over all devices
@@ -49,6 +50,15 @@ def base():
       mixup=0.0,
       cutmix=0.0,
       text_embeddings='',  # of 'zeroshot', see linearizer_jax/zeroshot.py
+    )
+  )
+  config.segment = ml_collections.ConfigDict(
+    dict(
+      head='upernet',  # 'linear'
+      channels=512,
+      auxiliary_channels=256,
+      auxiliary_weight=0.4,
+      dropout=0.1,
     )
   )
   config.data = data()
@@ -137,14 +147,18 @@ def distill():
 def data():
   """ImageNet with the paper's augmentation (`data.pipeline.DataConfig`)."""
   optional = config_dict.placeholder
+
+  def pair(size):  # an int or a tuple of two
+    return config_dict.FieldReference(size, field_type=object)
+
   return ml_collections.ConfigDict(
     dict(
       name='imagenet2012',
       data_dir=optional(str),
       train_split=optional(str),
       eval_split=optional(str),
-      image_size=224,
-      num_classes=10,  # 'generated' only, and num_examples
+      image_size=pair(224),  # side, or (height, width)
+      num_classes=10,  # 'generated' and dense 'folder' only
       num_examples=256,
       labels_per_class=optional(int),
       labels_seed=0,
@@ -159,6 +173,13 @@ def data():
       randaugment_std=0.5,
       shuffle=True,
       eval_crop=0.875,
+      dense=False,  # a label for each pixel, and fields that only then count
+      ignore_labels=(255,),
+      short_side=0,
+      scale_range=(0.5, 2.0),
+      category_max_ratio=0.75,
+      eval_window=pair(0),  # side or (height, width); 0: the whole image
+      eval_stride=pair(0),
       num_workers=8,
       num_threads=1,
     )
@@ -187,6 +208,13 @@ def smoke(config):
     section.width, section.depth, section.patch_size = 64, 2, patch
     section.image_size = 4 * patch
   config.distill.num_stages = 2
+  if config.data.dense:
+    config.data.num_classes = 3
+    config.data.short_side = config.data.eval_window = 0
+    config.data.eval_stride = 0
+    config.segment.channels = config.segment.auxiliary_channels = 16
+    for role in ('student', 'teacher'):
+      config[role].depth = 4  # UperNet reads four blocks
   config.student.head_dim = config.student.state_dim = 16
   config.teacher.num_heads = 4
   if 'teacher' not in config.stages:

@@ -163,7 +163,7 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
 
   Returns:
     (params, info): the parameters of `role`, and what `describe` says, with
-    'role'.
+    'role' and 'batch_stats', running statistics of batch norms or None.
 
   Raises:
     ValueError: as `describe`; or the stage trained another role.
@@ -187,6 +187,8 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
       )
     role = role or roles[-1]
     item = {key: {role: tree[key][role]}}
+    if tree.get('batch_stats'):
+      item['batch_stats'] = tree['batch_stats']
     numpy = ocp.RestoreArgs(restore_type=np.ndarray)
     params = reader.restore(
       path,
@@ -198,17 +200,17 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
     )
   finally:
     reader.close()
-  return params[key][role], info | {'role': role}
+  found = {'role': role, 'batch_stats': params.get('batch_stats')}
+  return params[key][role], info | found
 
 
-def save_params(directory, step, params):
-  """Saves parameters alone, {role: ...}, where `load_params` finds them."""
+def save_params(directory, step, params, batch_stats=None):
+  """Saves parameters, {role: ...}, where `load_params` finds them."""
+  state = {'params': params, 'batch_stats': batch_stats}
   with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
     manager.save(
       step,
-      args=ocp.args.Composite(
-        **{STATE: ocp.args.StandardSave({'params': params})}
-      ),
+      args=ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}),
     )
 
 

@@ -143,10 +143,11 @@ def _compile(config, devices, batch_per_chip, memory):
   programs = train.make_programs(config, task, tx, mesh)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   shape = (config.batch_size, *tasks.image_shape(config))
+  label, dtype = tasks.label_struct(config)
   struct = jax.ShapeDtypeStruct
   batch = {
     'image': struct(shape, 'uint8', sharding=split),
-    'label': struct(shape[:1], 'int32', sharding=split),
+    'label': struct((shape[0], *label), dtype, sharding=split),
   }
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = struct(key.shape, key.dtype, sharding=whole)

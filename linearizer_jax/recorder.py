@@ -109,5 +109,6 @@ def as_line(values):
   return ', '.join(
     f'{name} {value:.4g}'
     for name, value in values.items()
-    if isinstance(value, int | float) and '_stage' not in name
+    if isinstance(value, int | float)
+    and not any(part in name for part in ('_stage', 'iou_'))
   )

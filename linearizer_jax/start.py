@@ -37,17 +37,55 @@ def start_state(config, program, workdir, key):
   elif evaluated:
     may_lack = ('mask_token',)
   loaded = load_network(config, source, role, shapes, workdir)
+  if config.task == 'evaluate_segment':
+    params |= load_segment_head(params, source, workdir)
   if config.task == 'zeroshot':
     projection = loaded.get('proj')
     if role == 'student':
       projection = load_class_projection(config.init, workdir)
     loaded = loaded | {'head': zeroshot.head(config, projection)}
-  params[role] = jax.tree.map(
-    lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding),
-    params[role],
-    checkpoint.merge_params(params[role], loaded, source, may_lack=may_lack),
+  merged = checkpoint.merge_params(
+    params[role], loaded, source, may_lack=may_lack
   )
+  params[role] = _placed(merged, params[role])
   return program.init_state(params)
+
+
+def load_segment_head(params, source, workdir):
+  """The head of a segmentation as it was trained, on the devices.
+
+  Args:
+    params: fresh ones, with 'heads' and where there is a batch norm
+      'batch_stats'.
+    source: a run, as `load_network` takes it, or an exported folder.
+    workdir: of this run.
+
+  Returns:
+    Those two entries.
+
+  Raises:
+    ValueError: `source` has no such head, or one of other sizes or classes.
+  """
+  stage = None
+  if source.startswith('stage:'):
+    stage, source = source.removeprefix('stage:'), workdir
+  if any(pathlib.Path(source).glob('*/checkpoints')):
+    heads, info = checkpoint.load_params(source, stage=stage, role='heads')
+    loaded = {'heads': heads, 'batch_stats': info['batch_stats'] or {}}
+  else:
+    found = load.load(source).variables
+    heads = {k: v for k, v in found['params'].items() if k != 'backbone'}
+    loaded = {'heads': heads, 'batch_stats': found.get('batch_stats', {})}
+  return {
+    name: _placed(
+      checkpoint.merge_params(
+        params[name], loaded[name], f'{name} of {source}', may_lack=()
+      ),
+      params[name],
+    )
+    for name in ('heads', 'batch_stats')
+    if name in params
+  }
 
 
 def load_class_projection(source, workdir):
@@ -81,13 +119,16 @@ def load_frozen(config, program, workdir, key):
   loaded = checkpoint.merge_params(
     program.frozen['teacher'], loaded, source, may_lack=()
   )
-  return {
-    'teacher': jax.tree.map(
-      lambda new, at: jax.device_put(np.asarray(new, at.dtype), at.sharding),
-      loaded,
-      program.frozen['teacher'],
-    )
-  }
+  return {'teacher': _placed(loaded, program.frozen['teacher'])}
+
+
+def _placed(tree, like):
+  """NumPy arrays on the devices, with the dtypes and shardings of `like`."""
+  return jax.tree.map(
+    lambda new, at: jax.device_put(np.asarray(new, at.dtype), at.sharding),
+    tree,
+    like,
+  )
 
 
 def load_network(config, source, role, shapes, workdir):
@@ -121,7 +162,8 @@ def load_network(config, source, role, shapes, workdir):
       found = load.load(
         source, image_size=config[role].image_size or config.data.image_size
       )
-      return found.variables['params']
+      params = found.variables['params']
+      return params.get('backbone', params)  # of a segmenter
     if row is None or not row.family:
       raise ValueError(
         f'{source!r} holds no weights for {config[role].name}: expected '

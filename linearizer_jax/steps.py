@@ -22,12 +22,22 @@ class TrainState(flax.struct.PyTreeNode):
     params: {'student': ..., 'heads': ...}; 'teacher' where a teacher trains.
     opt_state: of the optimizer.
     ema: exponential moving average of `params`, or None.
+    batch_stats: running statistics of batch norms, or None; used with `params`
+      and with `ema`.
   """
 
   step: jax.Array
   params: Any
   opt_state: Any
   ema: Any
+  batch_stats: Any = None
+
+
+def constants(state, frozen):
+  """What a task sees and does not train: `frozen`, and batch statistics."""
+  if state.batch_stats is None:
+    return frozen
+  return frozen | {'batch_stats': state.batch_stats}
 
 
 def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
@@ -37,7 +47,7 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
   uninterrupted one would have drawn.
 
   Args:
-    task: `Distill` or `Classify`.
+    task: one of linearizer_jax/tasks.
     optimizer: an `optax.GradientTransformation`; its updates are multiplied by
       `rate`, the learning rate.
     accumulate_steps: the batch is taken in so many parts, one after the other;
@@ -45,7 +55,9 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
     ema_decay: of `state.ema`; 0 keeps none.
 
   Returns:
-    The function; metrics are float32 scalars.
+    The function; metrics are float32 scalars. The running statistics that a
+    task with batch norm gives among its metrics, as 'batch_stats', go to the
+    state; of micro-steps, their mean.
   """
   value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
 
@@ -78,7 +90,9 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
   def train_step(state, frozen, batch, key, rate):
     key = jax.random.fold_in(key, state.step)
     batch = task.prepare(batch, key)
-    grads, metrics = gradients(state.params, frozen, batch, key)
+    seen = constants(state, frozen)
+    grads, metrics = gradients(state.params, seen, batch, key)
+    batch_stats = metrics.pop('batch_stats', None)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda x: rate.astype(x.dtype) * x, updates)
     params = optax.apply_updates(state.params, updates)
@@ -91,7 +105,7 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
       'gradient_norm': optax.tree.norm(grads),
       'parameter_norm': optax.tree.norm(params),
     }
-    state = TrainState(state.step + 1, params, opt_state, ema)
+    state = TrainState(state.step + 1, params, opt_state, ema, batch_stats)
     return state, metrics
 
   return train_step
@@ -100,16 +114,19 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
 def make_eval_step(task):
   """(params, frozen, batch, key) -> sums over the valid images, and 'count'.
 
-  Padded images (`batch['valid']` False) count nothing.
+  A metric is an array (B, ...), summed over B. Padded images
+  (`batch['valid']` False) count nothing.
   """
 
   def eval_step(params, frozen, batch, key):
     values = task.evaluate(params, frozen, batch, key)
     valid = batch['valid']
-    sums = {
-      name: jnp.sum(jnp.where(valid, value, 0.0))
-      for name, value in values.items()
-    }
+
+    def total(value):
+      rows = valid.reshape(-1, *(1,) * (value.ndim - 1))
+      return jnp.sum(jnp.where(rows, value, 0), axis=0)
+
+    sums = {name: total(value) for name, value in values.items()}
     return sums | {'count': valid.sum()}
 
   return eval_step

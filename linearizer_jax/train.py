@@ -116,7 +116,12 @@ def run_stage(config, workdir, devices=None, shared=None):
     for prefix, params in averages.items():
       if params is not None:
         means = evaluate.evaluate(
-          program.eval_step, params, frozen, eval_batches, eval_key, place
+          program.eval_step,
+          params,
+          steps.constants(state, frozen),
+          eval_batches,
+          eval_key,
+          place,
         )
         values |= {prefix + name: value for name, value in means.items()}
     record.evaluation(step, values)
@@ -176,7 +181,7 @@ def check_stage(config, devices=None):
 class Programs(NamedTuple):
   """Compiled on first use; `state` and `frozen` are their arguments' shapes.
 
-  init_params: key -> params.
+  init_params: key -> params, with 'batch_stats' where there is a batch norm.
   init_frozen: key -> random parameters of a frozen teacher.
   init_state: params -> TrainState; params are donated.
   train_step: (state, frozen, batch, key, rate) -> (state, metrics); state
@@ -196,7 +201,7 @@ class Programs(NamedTuple):
 # Fields that a program is made of; rates, lengths, labels and files are not.
 PROGRAM_FIELDS = (
   *('task', 'train_role', 'student', 'teacher', 'distill', 'classify'),
-  *('optimizer', 'parallel'),
+  *('segment', 'optimizer', 'parallel'),
 )
 
 
@@ -217,7 +222,8 @@ def shared_programs(config, mesh, num_classes, shared=None):
   fields = ml_collections.ConfigDict(fields).to_dict()
   fields['optimizer'].pop('learning_rate')
   fields['teacher'].pop('weights')
-  key = repr((fields, tasks.image_shape(config))), mesh, num_classes
+  windows = config.data.eval_window, config.data.eval_stride
+  key = repr((fields, tasks.image_shape(config), windows)), mesh, num_classes
   if key not in shared:
     task = tasks.make_task(config, mesh, num_classes)
     tx = optimizer.make_optimizer(config)
@@ -244,8 +250,12 @@ def make_programs(config, task, tx, mesh):
     return task.init(key, tasks.image_shape(config))
 
   def init_state(params):
+    params = dict(params)
+    batch_stats = params.pop('batch_stats', None)
     copy = jax.tree.map(jnp.copy, params) if ema_decay else None
-    return steps.TrainState(jnp.int32(0), params, tx.init(params), copy)
+    return steps.TrainState(
+      jnp.int32(0), params, tx.init(params), copy, batch_stats
+    )
 
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = sharding.with_sharding(mesh, jax.eval_shape(init_params, key))
@@ -283,7 +293,12 @@ def make_programs(config, task, tx, mesh):
     ),
     eval_step=jax.jit(
       steps.make_eval_step(task),
-      in_shardings=(params_at, frozen_at, split, whole),
+      in_shardings=(
+        state_at.params,
+        steps.constants(state_at, frozen_at),
+        split,
+        whole,
+      ),
       out_shardings=whole,
     ),
   )

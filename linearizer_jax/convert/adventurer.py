@@ -9,8 +9,8 @@ _LAYER = 'layers.{n}.'
 # The class token's position is the last row of pos_embed.
 ADVENTURER = {
   'prefix': '',
-  # A head that our model does without.
-  'ignored': ('head.*',),
+  # Heads that our model does without.
+  'ignored': ('head.*', 'segment.*'),
   'rows': (
     ('cls_token', 'cls_token', 'same'),
     ('pos_embed', 'pos_embed', 'same'),

@@ -18,9 +18,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from linearizer_jax import checkpoint
-from linearizer_jax.convert import FAMILIES, load, tables
+from linearizer_jax.convert import FAMILIES, load, segmenter, tables
 from linearizer_jax.models.adventurer import Adventurer, flip_schedule
 from linearizer_jax.models.layers import as_pair
+from linearizer_jax.models.segmenter import Segmenter
 
 WEIGHTS, CONFIG, MODELING, CARD, ONNX = (
   'model.safetensors',
@@ -39,6 +40,13 @@ MODEL_FIELDS = (
   'state_dim',
   'num_groups',
   'expand',
+)
+HEAD_FIELDS = (
+  'num_classes',
+  'head',
+  'channels',
+  'auxiliary_channels',
+  'dropout',
 )
 # Largest relative difference, of float32 against float32. The same sums in
 # another order give up to 3e-6 at 24 blocks.
@@ -69,10 +77,16 @@ def export(source, out, *, stage=None, step=None, onnx=False):
   """
   with _whole_folder(out) as folder:
     loaded = load.load(source, stage=stage, step=step, dtype='float32')
-    if not isinstance(loaded.model, Adventurer):
+    backbone = _backbone(loaded.model)
+    if not isinstance(backbone, Adventurer):
       raise ValueError(
-        f'{source} holds a {type(loaded.model).__name__}; only students are '
+        f'{source} holds a {type(backbone).__name__}; only students are '
         'exported. Choose a stage that trained one with --stage.'
+      )
+    if onnx and backbone is not loaded.model:
+      raise ValueError(
+        f'{source} holds a segmenter, which is exported for PyTorch only: '
+        'leave --format=onnx out.'
       )
     _write(folder, loaded, _provenance(source, stage, step))
     differences = {WEIGHTS: _compare_torch(folder, loaded)}
@@ -107,13 +121,25 @@ def import_folder(folder, workdir):
         'the folder itself as config.init.'
       )
     run = config['run']['config'] | {'stages': [STAGE], 'per_stage': {}}
-    run |= {'task': 'classify', 'train_role': 'student'}
-    checkpoint.claim_workdir(partial, run)
+    loaded = load.load(folder)
+    params = {'student': loaded.variables['params']}
+    segments = isinstance(loaded.model, Segmenter)
+    if segments:
+      heads = dict(params['student'])
+      params = {'student': heads.pop('backbone'), 'heads': heads}
+    run |= {'task': 'segment' if segments else 'classify'}
+    checkpoint.claim_workdir(partial, run | {'train_role': 'student'})
     checkpoint.save_params(
       checkpoint.stage_dir(partial, STAGE) / 'checkpoints',
       config['run']['step'],
-      {'student': load.load(folder).variables['params']},
+      params,
+      loaded.variables.get('batch_stats'),
     )
+
+
+def _backbone(model):
+  """The model under a segmentation head, or the model itself."""
+  return model.backbone if isinstance(model, Segmenter) else model
 
 
 @contextlib.contextmanager
@@ -144,9 +170,12 @@ def _provenance(source, stage, step):
 
 def _write(folder, loaded, run):
   """Every file of an export but the ONNX one."""
-  model, preprocess = loaded.model, loaded.preprocess
-  (table,) = FAMILIES['adventurer']
-  tensors = tables.to_state_dict(table, loaded.variables['params'])
+  model, preprocess = _backbone(loaded.model), loaded.preprocess
+  if model is loaded.model:
+    (table,) = FAMILIES['adventurer']
+    tensors = tables.to_state_dict(table, loaded.variables['params'])
+  else:
+    tensors = segmenter.to_tensors(loaded.variables)
   save_file(tensors, folder / WEIGHTS, metadata={'format': 'pt'})
   os.chmod(folder / WEIGHTS, 0o644)  # save_file makes it private
   fields = {field: getattr(model, field) for field in MODEL_FIELDS}
@@ -167,6 +196,9 @@ def _write(folder, loaded, run):
     },
     'run': run,
   }
+  if model is not loaded.model:
+    head = {field: getattr(loaded.model, field) for field in HEAD_FIELDS}
+    config['segment'] = head
   checkpoint.write_json(folder / CONFIG, config)
   here = pathlib.Path(__file__).parent
   shutil.copyfile(here / 'torch_adventurer.py', folder / MODELING)
@@ -259,6 +291,17 @@ def _write_onnx(folder, loaded):
   return float(np.max(differences))
 
 
+def _head_line(config):
+  if 'segment' in config:
+    head = config['segment']
+    name = {'upernet': 'UperNet', 'linear': 'a linear layer'}[head['head']]
+    return f'{name} gives each pixel one of {head["num_classes"]} classes.'
+  classes = config['model']['num_classes']
+  if classes:
+    return f'{classes} classes.'
+  return 'no head: it gives the class token.'
+
+
 def _card(config, tensors):
   """The model card: what it is, what was measured, how to use it."""
   model, run = config['model'], config['run']
@@ -268,12 +311,7 @@ def _card(config, tensors):
     '',
     f'A linear-time image model: {model["depth"]} Mamba-2 blocks of width '
     f'{model["width"]}, patches of {model["patch_size"]} pixels, '
-    f'{count:,} parameters, '
-    + (
-      f'{model["num_classes"]} classes.'
-      if model['num_classes']
-      else 'no head: it gives the class token.'
-    ),
+    f'{count:,} parameters, ' + _head_line(config),
     '',
     f'- Images: {model["image_size"]} pixels, RGB, (x / 255 - mean) / std with '
     f'mean {list(config["preprocessing"]["mean"])} and std '
@@ -288,7 +326,9 @@ def _card(config, tensors):
     )
   if run and run['result']:
     numbers = ', '.join(
-      f'{name} {value:.4g}' for name, value in run['result'].items()
+      f'{name} {value:.4g}'
+      for name, value in run['result'].items()
+      if not name.startswith('iou_')
     )
     lines.append(f'- Measured at the end of that stage: {numbers}.')
   lines += [

@@ -12,8 +12,16 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from linearizer_jax import checkpoint, models
-from linearizer_jax.convert import FAMILIES, adventurer, tables, weights
+from linearizer_jax.convert import (
+  FAMILIES,
+  adventurer,
+  segmenter,
+  tables,
+  weights,
+)
 from linearizer_jax.models.layers import as_pair, patch_grid, resize_positions
+from linearizer_jax.models.segmenter import Segmenter
+from linearizer_jax.models.segmenter import from_config as head_from_config
 from linearizer_jax.models.teachers import IMAGENET, TEACHERS
 
 
@@ -58,7 +66,8 @@ class Preprocessing:
 class Loaded(NamedTuple):
   """A model ready to use: `model.apply(variables, preprocess(images))`.
 
-  model: linen Module. variables: {'params': ...}, NumPy arrays on the host.
+  model: linen Module, a `Segmenter` where a segmentation was trained.
+  variables: {'params': ...}, and its 'batch_stats', NumPy arrays on the host.
   preprocess: `Preprocessing`.
   """
 
@@ -92,7 +101,8 @@ def load(
       Adventurer, resize its positions as the released fine-tuning code does
       (off by one patch).
     **overrides: fields of the model, such as dtype='bfloat16', image_size=448,
-      flip_blocks='alternate' or num_classes=0, which leaves the head out.
+      flip_blocks='alternate' or num_classes=0, which leaves the head out, of a
+      segmenter too.
 
   Returns:
     `Loaded`.
@@ -169,9 +179,13 @@ def load_teacher(name, source=None, *, key=None, **overrides):
 
 def _shapes(model):
   """Parameter tree of a model, of ShapeDtypeStructs."""
+  return _variable_shapes(model)['params']
+
+
+def _variable_shapes(model):
   size = (1, *as_pair(model.image_size), 3)
   images = jax.ShapeDtypeStruct(size, jnp.float32)
-  return jax.eval_shape(model.init, jax.random.key(0), images)['params']
+  return jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def _from_workdir(path, role, stage, step, ema, overrides):
@@ -189,18 +203,32 @@ def _from_workdir(path, role, stage, step, ema, overrides):
   params = checkpoint.merge_params(_shapes(model), params, path, may_lack=())
   size = as_pair(config.data.image_size)
   crop = config.data.eval_crop
-  return Loaded(model, {'params': params}, Preprocessing(size, mean, std, crop))
+  preprocess = Preprocessing(size, mean, std, crop)
+  variables = {'params': params}
+  if config.task == 'segment' and overrides.get('num_classes') != 0:
+    heads, _ = checkpoint.load_params(
+      path, stage=info['stage'], step=info['step'], role='heads', ema=ema
+    )
+    (last,) = [heads[k] for k in ('decoder', 'classifier') if k in heads]
+    last = last.get('classifier', last)
+    model = head_from_config(config, model, len(last['conv']['bias']))
+    variables = {'params': heads | {'backbone': params}}
+    if info['batch_stats']:
+      variables['batch_stats'] = info['batch_stats']
+  return Loaded(model, variables, preprocess)
 
 
 def _from_tensors(path, tensors, legacy, overrides):
   """An Adventurer under the released names."""
-  found, preprocess = {}, {}
+  found, preprocess, head = {}, {}, {}
   config = path.parent / 'config.json'
   if config.is_file():
     config = json.loads(config.read_text(encoding='utf-8'))
-    found, preprocess = (
+    found, preprocess, head = (
       {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
-      for part in (config.get('model', {}), config.get('preprocessing', {}))
+      for part in (
+        config.get(name, {}) for name in ('model', 'preprocessing', 'segment')
+      )
     )
   fields = adventurer.fields(tensors, found.get('image_size')) | found
   positions_of = as_pair(fields['image_size'])
@@ -211,10 +239,14 @@ def _from_tensors(path, tensors, legacy, overrides):
     grids = (patch_grid(s, model.patch_size) for s in (positions_of, size))
     resized = resize_pos_embed(tensors['pos_embed'], *grids, legacy=legacy)
     tensors = tensors | {'pos_embed': resized}
+  preprocess = Preprocessing(**preprocess | {'image_size': size})
+  if head and overrides.get('num_classes') != 0:
+    model = Segmenter(model, **head)
+    variables = segmenter.from_tensors(tensors, _variable_shapes(model), path)
+    return Loaded(model, variables, preprocess)
   params = tables.from_state_dict(
     FAMILIES['adventurer'], tensors, _shapes(model), path
   )
-  preprocess = Preprocessing(**preprocess | {'image_size': size})
   return Loaded(model, {'params': params}, preprocess)
 
 

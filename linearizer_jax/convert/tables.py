@@ -33,6 +33,12 @@ TRANSFORMS = {
     lambda x: np.transpose(x, (2, 3, 1, 0)),
     lambda x: np.transpose(x, (3, 2, 0, 1)),
   ),
+  # ConvTranspose2d: (in, out, height, width) <-> (height, width, in, out); ours
+  # is a correlation with the dilated image, hence turned by 180 degrees.
+  'conv_transpose2d': (
+    lambda x: np.transpose(x, (2, 3, 0, 1))[::-1, ::-1],
+    lambda x: np.transpose(x[::-1, ::-1], (2, 3, 0, 1)),
+  ),
   # Depthwise Conv1d: (channels, 1, taps) <-> (taps, channels).
   'conv1d': (lambda x: x[:, 0].T, lambda x: x.T[:, None]),
   # One or two leading axes of length 1 that we do without.
@@ -45,6 +51,16 @@ LAYERS = {
   'norm': (('/scale', '.weight', 'same'), ('/bias', '.bias', 'same')),
   'linear': (('/kernel', '.weight', 'transpose'), ('/bias', '.bias', 'same')),
   'conv': (('/kernel', '.weight', 'conv2d'), ('/bias', '.bias', 'same')),
+  'conv_transpose': (
+    ('/kernel', '.weight', 'conv_transpose2d'),
+    ('/bias', '.bias', 'same'),
+  ),
+  'batch_norm': (
+    ('/scale', '.weight', 'same'),
+    ('/bias', '.bias', 'same'),
+    ('/mean', '.running_mean', 'same'),
+    ('/var', '.running_var', 'same'),
+  ),
   'depthwise': (('/kernel', '.weight', 'conv1d'), ('/bias', '.bias', 'same')),
 }
 

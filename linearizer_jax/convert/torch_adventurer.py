@@ -3,6 +3,7 @@
     import modeling_adventurer
     model = modeling_adventurer.load('.')  # the folder with model.safetensors
     logits = model(images)                 # (B, 3, H, W) normalised
+    # (B, V, H, W) of a segmenter
     maps = model.features(images)          # {'block11': (B, D, H/p, W/p), ...}
 
 Needs torch, and safetensors to load; runs on any device without a compiler.
@@ -38,8 +39,9 @@ def load(folder='.', device='cpu'):
     device: where the parameters go.
 
   Returns:
-    `Adventurer`; its `config` is what config.json says, with the mean and std
-    of its input under 'preprocessing'.
+    `Adventurer`, or `Segmenter` where the config has a 'segment'; its `config`
+    is what config.json says, with the mean and std of its input under
+    'preprocessing'.
 
   Raises:
     FileNotFoundError: one of the files is missing.
@@ -49,7 +51,10 @@ def load(folder='.', device='cpu'):
 
   folder = pathlib.Path(folder)
   config = json.loads((folder / 'config.json').read_text())
-  model = Adventurer(**config['model'])
+  if 'segment' in config:
+    model = Segmenter(config['segment'], **config['model'])
+  else:
+    model = Adventurer(**config['model'])
   model.config = config
   model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
   return model.to(device).eval()
@@ -134,6 +139,142 @@ class Adventurer(nn.Module):
       positions = torch.cat([own, positions[:, -1:]], 1)
     last = self.cls_token.expand(images.shape[0], -1, -1)
     return torch.cat([patches.flatten(2).mT, last], 1) + positions
+
+
+class Segmenter(Adventurer):
+  """A class for every pixel: an Adventurer under UperNet or a linear layer.
+
+  Args:
+    segment: dict of num_classes, head ('upernet' or 'linear'), channels and
+      auxiliary_channels of UperNet and of the head that helps to train it, and
+      dropout.
+    **fields: of `Adventurer`.
+  """
+
+  def __init__(self, segment, **fields):
+    super().__init__(**fields)
+    width, classes = fields['width'], segment['num_classes']
+    dropout = segment['dropout']
+    self.segment = nn.Module()
+    self.blocks = [round(k * fields['depth'] / 4) - 1 for k in range(1, 5)]
+    self.linear = segment['head'] == 'linear'
+    if self.linear:
+      self.segment.classifier = Classifier(width, classes, dropout)
+      return
+    self.segment.decoder = UperNet(
+      width, classes, segment['channels'], dropout, fields['patch_size']
+    )
+    channels = segment['auxiliary_channels']
+    self.segment.auxiliary_conv = ConvNorm(width, channels, 3)
+    self.segment.auxiliary_classifier = Classifier(channels, classes, dropout)
+
+  def forward(self, images, auxiliary=False):
+    """(B, 3, H, W) normalised -> logits (B, classes, H, W).
+
+    With `auxiliary`, a pair with those of the auxiliary head of UperNet.
+    """
+    size = images.shape[-2:]
+    if self.linear:
+      h = self.embed(images)
+      for layer in self.layers:
+        h = layer(h)
+      grid = [side // self.patch_size for side in size]
+      x = self.norm_f(h[:, :-1]).mT.unflatten(-1, grid)
+      return resize(self.segment.classifier(x), size)
+    maps = list(self.features(images, self.blocks).values())
+    logits = resize(self.segment.decoder(maps), size)
+    if not auxiliary:
+      return logits
+    x = self.segment.auxiliary_classifier(self.segment.auxiliary_conv(maps[2]))
+    return logits, resize(x, size)
+
+
+class UperNet(nn.Module):
+  """Four maps (B, D, h, w) of one stride -> logits (arXiv 1807.10221)."""
+
+  POOL_SCALES = (1, 2, 3, 6)
+
+  def __init__(self, width, classes, channels, dropout, patch_size):
+    super().__init__()
+    doublings = round(math.log2(patch_size / 4))
+    for k in range(4):
+      setattr(self, f'rescale_{k}', Rescale(width, doublings - k))
+    for n in range(len(self.POOL_SCALES)):
+      setattr(self, f'pool_{n}', ConvNorm(width, channels, 1))
+    for k in range(3):
+      setattr(self, f'lateral_{k}', ConvNorm(width, channels, 1))
+      setattr(self, f'fpn_{k}', ConvNorm(channels, channels, 3))
+    pooled = width + len(self.POOL_SCALES) * channels
+    self.bottleneck = ConvNorm(pooled, channels, 3)
+    self.fuse = ConvNorm(4 * channels, channels, 3)
+    self.classifier = Classifier(channels, classes, dropout)
+
+  def forward(self, maps):
+    maps = [getattr(self, f'rescale_{k}')(x) for k, x in enumerate(maps)]
+    last = maps[-1]
+    pooled = [last]
+    for n, scale in enumerate(self.POOL_SCALES):
+      x = getattr(self, f'pool_{n}')(F.adaptive_avg_pool2d(last, scale))
+      pooled.append(resize(x, last.shape[-2:]))
+    tops = [getattr(self, f'lateral_{k}')(maps[k]) for k in range(3)]
+    tops.append(self.bottleneck(torch.cat(pooled, 1)))
+    for k in (2, 1, 0):
+      tops[k] = tops[k] + resize(tops[k + 1], tops[k].shape[-2:])
+    for k in range(3):
+      tops[k] = getattr(self, f'fpn_{k}')(tops[k])
+    finest = tops[0].shape[-2:]
+    x = self.fuse(torch.cat([resize(x, finest) for x in tops], 1))
+    return self.classifier(x)
+
+
+class Rescale(nn.Module):
+  """Enlarges twofold `doublings` times, or halves as often by maxima."""
+
+  def __init__(self, width, doublings):
+    super().__init__()
+    self.doublings = doublings
+    for n in range(doublings):
+      setattr(self, f'up_{n}', nn.ConvTranspose2d(width, width, 2, 2))
+      if n:
+        setattr(self, f'norm_{n}', nn.BatchNorm2d(width))
+
+  def forward(self, x):
+    if self.doublings < 0:
+      side = 2**-self.doublings
+      return F.max_pool2d(x, [min(side, s) for s in x.shape[-2:]])
+    for n in range(self.doublings):
+      if n:
+        x = F.gelu(getattr(self, f'norm_{n}')(x))
+      x = getattr(self, f'up_{n}')(x)
+    return x
+
+
+class ConvNorm(nn.Module):
+  """Convolution without bias, batch norm, ReLU."""
+
+  def __init__(self, width, channels, size):
+    super().__init__()
+    self.conv = nn.Conv2d(width, channels, size, padding=size // 2, bias=False)
+    self.norm = nn.BatchNorm2d(channels)
+
+  def forward(self, x):
+    return F.relu(self.norm(self.conv(x)))
+
+
+class Classifier(nn.Module):
+  """Dropout of whole channels, then a 1 x 1 convolution."""
+
+  def __init__(self, width, classes, dropout):
+    super().__init__()
+    self.dropout = nn.Dropout2d(dropout)
+    self.conv = nn.Conv2d(width, classes, 1)
+
+  def forward(self, x):
+    return self.conv(self.dropout(x))
+
+
+def resize(x, size):
+  return F.interpolate(x, size, mode='bilinear', align_corners=False)
 
 
 class Block(nn.Module):

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from linearizer_jax.data import dense
+
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 # A fifth of the digits, drawn once and for all: no seed of a run changes it.
 _DIGITS_TEST_SHARE = 0.2
@@ -268,23 +270,29 @@ def _digits(row, config, split):
   return Memory(images, digits.target[chosen], row.num_classes, 'digits')
 
 
-def _generated(row, config, split):
+def _generated(row, config, split, kind=Generated):
   offset = 0 if _is_train(row, split) else config.num_examples
-  return Generated(
+  return kind(
     config.num_examples, config.num_classes, config.image_size, offset
   )
+
+
+def _generated_dense(row, config, split):
+  return _generated(row, config, split, dense.GeneratedPairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
   """A row of the table; None means: known once the data are opened."""
 
-  load: Callable[..., Any]  # (row, config, split) -> source
+  # (row, config, split) -> source; None: the data have no such labels.
+  load: Callable[..., Any] | None
   train_split: str
   eval_split: str
   num_classes: int | None = None
   num_train_examples: int | None = None
   tfds_name: str | None = None
+  load_dense: Callable[..., Any] | None = None  # with a label for each pixel
 
 
 DATASETS = {
@@ -294,7 +302,15 @@ DATASETS = {
   'imagenette': Dataset(
     _tfds, 'train', 'validation', 10, 9469, 'imagenette/full-size-v2'
   ),
-  'folder': Dataset(_folder, 'train', 'val'),
+  'folder': Dataset(_folder, 'train', 'val', load_dense=dense.folder),
   'digits': Dataset(_digits, 'train', 'test', 10, 1438),
-  'generated': Dataset(_generated, 'train', 'test'),
+  'generated': Dataset(
+    _generated, 'train', 'test', load_dense=_generated_dense
+  ),
+  'ade20k': Dataset(
+    *(None, 'training', 'validation', 150, 20210), load_dense=dense.ade20k
+  ),
+  'cityscapes': Dataset(
+    *(None, 'train', 'val', 19, 2975), load_dense=dense.cityscapes
+  ),
 }

@@ -20,7 +20,7 @@ import threading
 import grain
 import numpy as np
 
-from linearizer_jax.data import datasets, transforms
+from linearizer_jax.data import datasets, dense, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +33,9 @@ class DataConfig:
   eval_split: str | None = None
   image_size: int | tuple[int, int] = 224  # side, or (height, width)
 
-  # Only for 'generated'.
+  # Of 'generated', and of a 'folder' with a label for each pixel.
   num_classes: int = 10
-  num_examples: int = 256
+  num_examples: int = 256  # 'generated' only
 
   # Label budget: train on n random examples per class (None: on all).
   labels_per_class: int | None = None
@@ -56,15 +56,36 @@ class DataConfig:
   # Evaluation: the central share (per side) of the image.
   eval_crop: float = 0.875
 
+  # A label for each pixel (data/dense.py). Images are brought to `short_side`
+  # (0: left as they are), training crops of `image_size` are taken from them at
+  # a scale in `scale_range`, with at most `category_max_ratio` of one class.
+  dense: bool = False
+  ignore_labels: tuple[int, ...] = (255,)  # ids in the files of a 'folder'
+  short_side: int = 0
+  scale_range: tuple[float, float] = (0.5, 2.0)
+  category_max_ratio: float = 0.75
+  # Evaluation: side or (height, width) of the windows that slide over an image,
+  # and their stride (0: the window); a window of 0 is the whole image.
+  eval_window: int | tuple[int, int] = 0
+  eval_stride: int | tuple[int, int] = 0
+
   # Neither changes a batch.
   num_workers: int = 0  # processes; 0: threads of this process
   num_threads: int = 1  # threads, when there are no worker processes
 
   def __post_init__(self):
-    size = self.image_size
-    size = (size, size) if isinstance(size, int) else tuple(size)
-    object.__setattr__(self, 'image_size', size)
+    for field in ('image_size', 'eval_window', 'eval_stride'):
+      size = getattr(self, field)
+      size = (size, size) if isinstance(size, int) else tuple(size)
+      object.__setattr__(self, field, size)
     row = _row(self.name)
+    if self.dense:
+      self._check_dense(row)
+    elif row.load is None:
+      raise ValueError(
+        f'data.name is {self.name!r}, which has a label for each pixel: set '
+        'data.dense=True and config.task to a segmentation.'
+      )
     for split in ('train_split', 'eval_split'):
       value = getattr(self, split) or getattr(row, split)
       object.__setattr__(self, split, value)
@@ -77,6 +98,37 @@ class DataConfig:
       )
     if not 0 < self.eval_crop <= 1:
       raise ValueError(f'data.eval_crop is {self.eval_crop}, expected (0, 1].')
+
+  def _check_dense(self, row):
+    """Raises ValueError for fields that segmentation cannot take."""
+    if row.load_dense is None:
+      raise ValueError(
+        f'data.dense is True, but {self.name!r} has no label for each pixel; '
+        'choose another data.name.'
+      )
+    if self.labels_per_class is not None:
+      raise ValueError(
+        'data.labels_per_class is set, but images with a label for each pixel '
+        'have no class of their own: leave it None.'
+      )
+    if not 1 <= self.num_classes <= dense.IGNORED:
+      raise ValueError(
+        f'data.num_classes is {self.num_classes}; labels of pixels are bytes, '
+        f'so expected 1 to {dense.IGNORED}.'
+      )
+    windows = zip(self.eval_window, self.eval_stride, strict=True)
+    if any(w < 0 or not 0 <= step <= (w or step) for w, step in windows):
+      raise ValueError(
+        f'data.eval_stride is {self.eval_stride}, data.eval_window '
+        f'{self.eval_window}; expected a stride of at most the window, and '
+        'neither below 0.'
+      )
+    low, high = self.scale_range
+    if not 0 < low <= high or not 0 < self.category_max_ratio <= 1:
+      raise ValueError(
+        f'data.scale_range is {self.scale_range}, data.category_max_ratio '
+        f'{self.category_max_ratio}; expected 0 < least <= most, and (0, 1].'
+      )
 
 
 def num_classes(data_config):
@@ -113,7 +165,8 @@ def make_train_iterator(
 
   Returns:
     A `TrainIterator` over dicts of `image` uint8 (b, H, W, 3) and `label` int32
-    (b,) with b = batch_size / process_count. Close it to end its workers.
+    (b,), or uint8 (b, H, W) where `dense`, with b = batch_size / process_count.
+    Close it to end its workers.
 
   Raises:
     ValueError: a field is unknown or out of range, the data are not there, or
@@ -189,7 +242,7 @@ def make_eval_batches(
     A grain dataset, to be iterated over as often as needed, of dicts of `image`
     uint8 (b, H, W, 3), `label` int32 (b,) and `valid` bool (b,), which is False
     (image and label 0) where the last batch is filled up. Each process gets
-    the same number of batches.
+    the same number of batches. Where `dense`, of what `dense.eval_batch` says.
 
   Raises:
     ValueError: as `make_train_iterator`.
@@ -197,10 +250,12 @@ def make_eval_batches(
   config = _parse(data_config)
   share = _share(batch_size, process_index, process_count)
   source = _source(config, split or config.eval_split)
-  steps = grain.MapDataset.range(-(-len(source) // batch_size))
-  return _prefetch(
-    config, steps.map(functools.partial(_eval_batch, source, config, *share))
-  )
+  if config.dense:
+    count, batch_of_step = dense.eval_steps(source, config, *share)
+  else:
+    count = -(-len(source) // batch_size)
+    batch_of_step = functools.partial(_eval_batch, source, config, *share)
+  return _prefetch(config, grain.MapDataset.range(count).map(batch_of_step))
 
 
 def _train_batch(source, config, seed, batch_size, start, stop, step):
@@ -211,11 +266,13 @@ def _train_batch(source, config, seed, batch_size, start, stop, step):
       index = _epoch_order(len(source), seed, epoch)[index]
     example = source[int(index)]
     rng = np.random.default_rng((seed, 0, position))
-    examples.append(
-      (transforms.train_image(example, config, rng), example['label'])
-    )
+    if config.dense:
+      examples.append(dense.train_pair(example, config, rng))
+    else:
+      image = transforms.train_image(example, config, rng)
+      examples.append((image, np.int32(example['label'])))
   images, labels = zip(*examples, strict=True)
-  return {'image': np.stack(images), 'label': np.asarray(labels, np.int32)}
+  return {'image': np.stack(images), 'label': np.stack(labels)}
 
 
 def _eval_batch(source, config, batch_size, start, stop, step):
@@ -299,6 +356,8 @@ def _parse(data_config):
 
 def _source(config, split):
   row = _row(config.name)
+  if config.dense:
+    return row.load_dense(row, config, split)
   source = row.load(row, config, split)
   if config.labels_per_class is None or split != config.train_split:
     return source

@@ -90,6 +90,33 @@ def open_image(example):
     raise ValueError(_broken(example['name'], error)) from error
 
 
+def decoded(example, mode=None):
+  """The PIL image of an example, decoded, in its own or another mode.
+
+  Raises:
+    ValueError: the image cannot be decoded; names the file.
+  """
+  image = open_image(example)
+  try:
+    image.load()
+    return image.convert(mode) if mode else image
+  except _DECODING_ERRORS as error:
+    raise ValueError(_broken(example['name'], error)) from error
+
+
+def image_size(path):
+  """(height, width) of an image file, from its header.
+
+  Raises:
+    ValueError: it is no image; names the file.
+  """
+  try:
+    with Image.open(path) as image:
+      return image.height, image.width
+  except _DECODING_ERRORS as error:
+    raise ValueError(_broken(path, error)) from error
+
+
 def crop_and_resize(image, box, size, name):
   """Decodes, cuts `box` (left, top, right, bottom) and resizes it, bicubic.
 

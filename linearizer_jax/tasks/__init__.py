@@ -1,17 +1,26 @@
 """Tasks: what is trained, on which loss, from which networks."""
 
 from linearizer_jax import models, sharding
-from linearizer_jax.models import layers, teachers
+from linearizer_jax.models import layers, segmenter, teachers
 from linearizer_jax.tasks.classify import Classify
 from linearizer_jax.tasks.distill import Distill
+from linearizer_jax.tasks.segment import Segment
 
 # Tasks of no update: a stage that is its last evaluation.
-EVALUATIONS = ('evaluate', 'zeroshot')
+EVALUATIONS = ('evaluate', 'zeroshot', 'evaluate_segment')
+SEGMENTATIONS = ('segment', 'evaluate_segment')
 
 
 def image_shape(config):
   """(H, W, 3) of the images of a stage."""
   return (*layers.as_pair(config.data.image_size), 3)
+
+
+def label_struct(config):
+  """Shape of one image's label, and its dtype."""
+  if config.data.dense:
+    return layers.as_pair(config.data.image_size), 'uint8'
+  return (), 'int32'
 
 
 def make_task(config, mesh, num_classes):
@@ -23,13 +32,26 @@ def make_task(config, mesh, num_classes):
     num_classes: of the data.
 
   Returns:
-    `Distill`, or `Classify` for every other task.
+    `Distill`, `Segment`, or `Classify` for every other task.
 
   Raises:
     ValueError: an unknown task or model, fields, grids or depths that do not
       fit, a mask ratio out of range.
   """
   placement = {'mesh': mesh, 'batch_axes': sharding.BATCH_AXES}
+  if config.data.dense != (config.task in SEGMENTATIONS):
+    raise ValueError(
+      f'config.task is {config.task!r} and config.data.dense '
+      f'{config.data.dense}: segmentation, and nothing else, takes a label for '
+      'each pixel. Change one of them.'
+    )
+  if config.task in SEGMENTATIONS:
+    role = config.train_role
+    backbone, stats = models.from_config(
+      config, role, num_classes=0, **placement
+    )
+    model = segmenter.from_config(config, backbone, num_classes)
+    return Segment(model, role, *stats, config)
   if config.task in ('classify', *EVALUATIONS):
     role = config.train_role
     model, stats = models.from_config(
@@ -39,7 +61,7 @@ def make_task(config, mesh, num_classes):
   if config.task != 'distill':
     raise ValueError(
       f"config.task is {config.task!r}; expected 'distill', 'classify', "
-      "'evaluate' or 'zeroshot'."
+      "'evaluate', 'zeroshot', 'segment' or 'evaluate_segment'."
     )
   needs_logits = bool(config.distill.logit_weight)
   classes = num_classes if needs_logits else 0

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 # A task folds these into the step's key, so that streams never meet.
-MASK_STREAM, DROP_PATH_STREAM, MIX_STREAM = range(3)
+MASK_STREAM, DROP_PATH_STREAM, MIX_STREAM, DROPOUT_STREAM = range(4)
 
 
 def normalize(images, mean, std):
