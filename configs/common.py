@@ -153,6 +153,7 @@ def data():
       flip=True,
       shift_pixels=0,
       rotate_degrees=0.0,
+      three_augment=False,  # DeiT III's, with color_jitter=0.3
       color_jitter=0.0,
       randaugment_ops=0,
       randaugment_magnitude=9.0,

@@ -47,6 +47,7 @@ class DataConfig:
   flip: bool = False
   shift_pixels: int = 0
   rotate_degrees: float = 0.0
+  three_augment: bool = False  # grey, solarised or blurred
   color_jitter: float = 0.0  # brightness, contrast, saturation
   randaugment_ops: int = 0
   randaugment_magnitude: float = 9.0  # of 10
