@@ -28,7 +28,9 @@ def base():
   config.seed = 0
   config.task = 'distill'  # 'classify', 'evaluate', 'zeroshot'
   config.train_role = 'student'  # or 'teacher'; not of 'distill'
-  config.init = ''  # start from 'stage:NAME' or the work directory of a run
+  # Start from 'stage:NAME', the work directory of a run or published weights;
+  # a teacher's own name means those of the table of teachers.
+  config.init = ''
   config.batch_size = 2048  # images in an update, over all devices
   config.eval_batch_size = 2048
   config.epochs = 300.0
@@ -49,6 +51,14 @@ def base():
       mixup=0.0,
       cutmix=0.0,
       text_embeddings='',  # of 'zeroshot', see linearizer_jax/zeroshot.py
+    )
+  )
+  config.evaluate = ml_collections.ConfigDict(
+    dict(
+      metrics=('top1',),  # 'knn', 'linear': of features, without a head
+      knn_neighbours=20,  # k
+      knn_temperature=0.07,
+      linear_l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # the best is taken
     )
   )
   config.data = data()

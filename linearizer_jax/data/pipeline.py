@@ -76,6 +76,11 @@ class DataConfig:
         f'data.crop_scale is {self.crop_scale}, expected (least, most) with '
         '0 < least <= most <= 1, or None.'
       )
+    if self.labels_per_class is not None and self.labels_per_class < 1:
+      raise ValueError(
+        f'data.labels_per_class is {self.labels_per_class}, expected at least '
+        '1, or None.'
+      )
     if not 0 < self.eval_crop <= 1:
       raise ValueError(f'data.eval_crop is {self.eval_crop}, expected (0, 1].')
 

@@ -9,6 +9,17 @@ from linearizer_jax.tasks.distill import Distill
 EVALUATIONS = ('evaluate', 'zeroshot')
 
 
+def reads_head(config):
+  """Whether a stage looks at logits; probes of features do not."""
+  return config.task != 'evaluate' or 'top1' in config.evaluate.metrics
+
+
+def reads_features(config):
+  """Whether a stage has neighbours or a linear classifier judge features."""
+  wanted = {'knn', 'linear'} & set(config.evaluate.metrics)
+  return config.task == 'evaluate' and bool(wanted)
+
+
 def image_shape(config):
   """(H, W, 3) of the images of a stage."""
   return (*layers.as_pair(config.data.image_size), 3)
@@ -32,8 +43,9 @@ def make_task(config, mesh, num_classes):
   placement = {'mesh': mesh, 'batch_axes': sharding.BATCH_AXES}
   if config.task in ('classify', *EVALUATIONS):
     role = config.train_role
+    classes = num_classes if reads_head(config) else 0
     model, stats = models.from_config(
-      config, role, num_classes=num_classes, **placement
+      config, role, num_classes=classes, **placement
     )
     return Classify(model, role, *stats, config)
   if config.task != 'distill':
