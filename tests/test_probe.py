@@ -310,6 +310,7 @@ def test_positions_are_resized_as_the_network_does(name, fields):
   assert start.fit_positions(params, old, old) is params
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_at_another_resolution(distilled, tmp_path):
   config = tiny(
     init=str(distilled),

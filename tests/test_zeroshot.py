@@ -109,6 +109,7 @@ def test_a_teacher_by_texts(small_clip, tmp_path):
   assert result['accuracy'] == pytest.approx(scored(config, features, texts))
 
 
+@pytest.mark.slow
 def test_a_published_teacher_is_probed_and_fine_tuned(small_clip, tmp_path):
   """The same file: no head to probe it, a fresh one to fine-tune it."""
   from safetensors.numpy import save_file
