@@ -29,7 +29,9 @@ def base():
   # 'classify', 'evaluate', 'zeroshot', 'segment', 'evaluate_segment'
   config.task = 'distill'
   config.train_role = 'student'  # or 'teacher'; not of 'distill'
-  config.init = ''  # start from 'stage:NAME' or the work directory of a run
+  # Start from 'stage:NAME', the work directory of a run or published weights;
+  # a teacher's own name means those of the table of teachers.
+  config.init = ''
   config.batch_size = 2048  # images in an update, over all devices
   config.eval_batch_size = 2048
   config.epochs = 300.0
@@ -59,6 +61,14 @@ def base():
       auxiliary_channels=256,
       auxiliary_weight=0.4,
       dropout=0.1,
+    )
+  )
+  config.evaluate = ml_collections.ConfigDict(
+    dict(
+      metrics=('top1',),  # 'knn', 'linear': of features, without a head
+      knn_neighbours=20,  # k
+      knn_temperature=0.07,
+      linear_l2=(1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1),  # the best is taken
     )
   )
   config.data = data()
@@ -167,6 +177,7 @@ def data():
       flip=True,
       shift_pixels=0,
       rotate_degrees=0.0,
+      three_augment=False,  # DeiT III's, with color_jitter=0.3
       color_jitter=0.0,
       randaugment_ops=0,
       randaugment_magnitude=9.0,

@@ -34,11 +34,13 @@ def write(config, workdir):
   }
   metric = options['metric'] or 'loss'
   rows = dict(options['rows'] or [(stage, (stage,)) for stage in results])
-  summary = {
-    # A distillation has no accuracy: its loss stands in the table.
-    row: max(results[s].get(metric, results[s]['loss']) for s in stages)
-    for row, stages in rows.items()
-  }
+  summary = {}
+  for row, stages in rows.items():
+    # A distillation has no accuracy: its loss stands in the table. Features
+    # that are only probed have neither.
+    found = [results[s].get(metric, results[s].get('loss')) for s in stages]
+    if None not in found:
+      summary[row] = max(found)
   if options['nearest_neighbour']:
     stage = checkpoint.resolve_stage(config, options['nearest_neighbour'])
     summary['nearest_neighbour'] = nearest_neighbour(stage['data'])

@@ -4,13 +4,34 @@ import logging
 import pathlib
 
 import jax
+import ml_collections
 import numpy as np
 
 from linearizer_jax import checkpoint, models, tasks, zeroshot
 from linearizer_jax.convert import load, weights
-from linearizer_jax.models import teachers
+from linearizer_jax.models import layers, teachers
 
 _log = logging.getLogger('linearizer_jax')
+
+
+def weights_source(config):
+  """Where the weights of a stage come from; '' where they start fresh.
+
+  Args:
+    config: resolved config of a stage, a ConfigDict.
+
+  Raises:
+    ValueError: a stage without updates that has nothing to evaluate.
+  """
+  if config.init or config.task not in tasks.EVALUATIONS:
+    return config.init
+  if config.train_role == 'teacher':
+    return config.teacher.weights or config.teacher.name
+  raise ValueError(
+    f"config.task is {config.task!r}, but config.init is '': there is no "
+    "student to evaluate. Set config.init to 'stage:NAME', the work "
+    'directory of a run, or weights of an Adventurer.'
+  )
 
 
 def start_state(config, program, workdir, key):
@@ -19,26 +40,23 @@ def start_state(config, program, workdir, key):
   What is only evaluated has to come from somewhere: `config.init`, or for a
   teacher `config.teacher.weights`.
   """
+  source = weights_source(config)
   params = program.init_params(key)
-  evaluated = config.task in tasks.EVALUATIONS
-  if not (config.init or evaluated):
+  if not source:
     return program.init_state(params)
   (role,) = [r for r in ('student', 'teacher') if r in params]
-  source = config.init or (config.teacher.weights if role == 'teacher' else '')
-  if evaluated and role == 'student' and not source:
-    raise ValueError(
-      f"config.task is {config.task!r}, but config.init is '': there is no "
-      "student to evaluate. Set config.init to 'stage:NAME', the work "
-      'directory of a run, or weights of an Adventurer.'
-    )
-  shapes, may_lack = params[role], ('head', 'mask_token')
-  if config.task == 'zeroshot':  # its head is made, not read
+  shapes, may_lack = params[role], ('mask_token',)
+  if config.task != 'evaluate':  # its head starts fresh, or is made of texts
     shapes = {name: x for name, x in shapes.items() if name != 'head'}
-  elif evaluated:
-    may_lack = ('mask_token',)
+    may_lack += ('head',)
   loaded = load_network(config, source, role, shapes, workdir)
   if config.task == 'evaluate_segment':
     params |= load_segment_head(params, source, workdir)
+  if config.task == 'evaluate' and 'head' in shapes and 'head' not in loaded:
+    raise ValueError(
+      f'{source} has no head, so it names no class: fine-tune it, or set '
+      "config.evaluate.metrics to ('knn', 'linear'), which need none."
+    )
   if config.task == 'zeroshot':
     projection = loaded.get('proj')
     if role == 'student':
@@ -138,13 +156,14 @@ def load_network(config, source, role, shapes, workdir):
     config: resolved config of the stage that needs them.
     source: 'stage:NAME' of this run, another run's work directory, or
       published weights of the network's family: a file, a folder or a hub id
-      ('' for the one in the table of teachers).
+      ('', or the name of the teacher, for the one in the table of teachers).
     role: 'student' or 'teacher'.
     shapes: parameter tree of the network, of anything with shape and dtype.
     workdir: of this run.
 
   Returns:
-    Nested dict of NumPy arrays.
+    Nested dict of NumPy arrays; positions are those of the network's grid,
+    resized where the run's were of another.
 
   Raises:
     ValueError: nothing there, or of another network.
@@ -170,12 +189,47 @@ def load_network(config, source, role, shapes, workdir):
         "'stage:NAME', the work directory of a run or, for a student, weights "
         'of an Adventurer. Change config.teacher.weights or config.init.'
       )
+    own = source in ('', config[role].name)
     return weights.load_weights(
-      source or row.source,
+      row.source if own else source,
       row.family,
       shapes,
       archive=row.archive,
       activation=models.create_model(row.model).activation,
     )
   _log.info('%s from %s, step %d', role, info['stage'], info['step'])
-  return params
+  old_config = ml_collections.ConfigDict(info['config'])
+  (old, _), (new, _) = (
+    models.from_config(c, role) for c in (old_config, config)
+  )
+  return fit_positions(params, old, new)
+
+
+def fit_positions(params, old, new):
+  """Brings position embeddings to the grid of another image size.
+
+  Bicubic, as `layers.resize_positions`; the class token keeps its own.
+
+  Args:
+    params: of `old`, NumPy arrays.
+    old, new: networks of one family, of whatever image and patch size.
+
+  Returns:
+    `params`, with positions for the image size of `new`.
+  """
+  grids = [
+    layers.patch_grid(layers.as_pair(m.image_size), m.patch_size)
+    for m in (old, new)
+  ]
+  if grids[0] == grids[1]:
+    return params
+  _log.info('positions are resized from %s to %s patches', *grids)
+  if 'pos_embed' in params:
+    positions = load.resize_pos_embed(params['pos_embed'], *grids)
+    return params | {'pos_embed': positions}
+  positions = params['positional_embedding']
+  patches = layers.resize_positions(
+    positions[None, int(old.class_token) :], *grids, old.position_antialias
+  )[0]
+  front = positions[: int(old.class_token)]
+  return params | {'positional_embedding': np.concatenate([front, patches])}

@@ -130,3 +130,13 @@ def make_eval_step(task):
     return sums | {'count': valid.sum()}
 
   return eval_step
+
+
+def make_features_step(task):
+  """(params, batch) -> features of the images, with 'label' and 'valid'."""
+
+  def features_step(params, batch):
+    kept = {name: batch[name] for name in ('label', 'valid')}
+    return task.features(params, batch['image']) | kept
+
+  return features_step

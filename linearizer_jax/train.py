@@ -5,6 +5,7 @@ to exist. Each stage of a run (train a teacher, distil, fine-tune) goes through
 it with its own resolved config.
 """
 
+import functools
 import logging
 import math
 import signal
@@ -19,6 +20,7 @@ from linearizer_jax import (
   checkpoint,
   evaluate,
   optimizer,
+  probe,
   recorder,
   sharding,
   start,
@@ -69,9 +71,10 @@ def run_stage(config, workdir, devices=None, shared=None):
   iterator = pipeline.make_train_iterator(
     data, batch_size=batch_size, seed=config.seed, **share
   )
-  eval_batches = pipeline.make_eval_batches(
-    data, batch_size=config.eval_batch_size, **share
+  whole_split = functools.partial(
+    pipeline.make_eval_batches, data, batch_size=config.eval_batch_size, **share
   )
+  eval_batches = whole_split()
   steps_per_epoch = pipeline.num_train_examples(data) / batch_size
   total_steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
   eval_every = round(config.log.eval_every_epochs * steps_per_epoch)
@@ -113,8 +116,18 @@ def run_stage(config, workdir, devices=None, shared=None):
     place = lambda batch: sharding.global_batch(mesh, batch)  # noqa: E731
     averages = {'': state.params, 'ema_': state.ema}
     values = {}
+    if tasks.reads_features(config):
+      train_split = pipeline.DataConfig(**data).train_split
+      values = probe.evaluate(
+        program.features_step,
+        state.params,
+        config.evaluate,
+        (whole_split(split=train_split), eval_batches),
+        num_classes,
+        mesh,
+      )
     for prefix, params in averages.items():
-      if params is not None:
+      if params is not None and tasks.reads_head(config):
         means = evaluate.evaluate(
           program.eval_step,
           params,
@@ -169,7 +182,13 @@ def check_stage(config, devices=None):
   steps_at_once = config.parallel.accumulate_steps
   sharding.check_batch(mesh, config.batch_size, steps_at_once)
   sharding.check_batch(mesh, config.eval_batch_size, field='eval_batch_size')
-  num_classes = pipeline.num_classes(config.data.to_dict())
+  data = config.data.to_dict()
+  num_classes = pipeline.num_classes(data)
+  if config.data.labels_per_class is not None:  # looks at every label
+    pipeline.make_train_iterator(data, batch_size=mesh.size, seed=0).close()
+  if config.task == 'evaluate':
+    probe.check(config.evaluate, pipeline.num_train_examples(data))
+  start.weights_source(config)
   task = tasks.make_task(config, mesh, num_classes)
   shape = tasks.image_shape(config)
   jax.eval_shape(lambda key: task.init(key, shape), jax.random.key(0))
@@ -187,6 +206,7 @@ class Programs(NamedTuple):
   train_step: (state, frozen, batch, key, rate) -> (state, metrics); state
     donated, rate float32.
   eval_step: (params, frozen, batch, key) -> sums.
+  features_step: (params, batch) -> features, of a classification alone.
   """
 
   state: Any
@@ -196,12 +216,13 @@ class Programs(NamedTuple):
   init_state: Any
   train_step: Any
   eval_step: Any
+  features_step: Any
 
 
 # Fields that a program is made of; rates, lengths, labels and files are not.
 PROGRAM_FIELDS = (
   *('task', 'train_role', 'student', 'teacher', 'distill', 'classify'),
-  *('segment', 'optimizer', 'parallel'),
+  *('segment', 'evaluate', 'optimizer', 'parallel'),
 )
 
 
@@ -244,7 +265,9 @@ def make_programs(config, task, tx, mesh):
   Returns:
     `Programs`.
   """
-  ema_decay = config.optimizer.ema_decay
+  # Weights that no update follows have no average.
+  updated = config.task not in tasks.EVALUATIONS
+  ema_decay = config.optimizer.ema_decay if updated else 0.0
 
   def init_params(key):
     return task.init(key, tasks.image_shape(config))
@@ -299,6 +322,11 @@ def make_programs(config, task, tx, mesh):
         split,
         whole,
       ),
+      out_shardings=whole,
+    ),
+    features_step=jax.jit(
+      steps.make_features_step(task),
+      in_shardings=(state_at.params, split),
       out_shardings=whole,
     ),
   )

@@ -78,6 +78,37 @@ def test_paper_defaults():
   assert config.distill.match_tokens == 'visible'
 
 
+@pytest.mark.parametrize(
+  ('argument', 'network', 'size', 'epochs', 'drop_path'),
+  [
+    (None, 'adventurer_base_patch16', 224, 100, 0.1),
+    ('size=small,resolution=448', 'adventurer_small_patch16', 448, 100, 0.1),
+    ('size=large', 'adventurer_large_patch16', 224, 50, 0.2),
+    ('teacher=clip_base_patch16', 'clip_base_patch16', 224, 100, 0.1),
+    ('teacher=clip_large_patch14', 'clip_large_patch14', 224, 50, 0.2),
+  ],
+)
+def test_recipe_of_fine_tuning(argument, network, size, epochs, drop_path):
+  config = get_config('finetune_imagenet', argument)
+  section = config[config.train_role]
+  assert (section.name, section.drop_path) == (network, drop_path)
+  assert config.init == (network if config.train_role == 'teacher' else '')
+  assert config.data.image_size == size
+  assert (config.epochs, config.batch_size) == (epochs, 1024)
+  assert config.schedule.warmup_epochs == 5
+  assert config.optimizer.learning_rate == 5e-4
+  assert config.optimizer.weight_decay == 0.05
+  assert config.optimizer.layer_decay == 0.75
+  assert config.optimizer.ema_decay == 0.9999
+  assert config.classify.label_smoothing == 0.1
+  assert (config.classify.mixup, config.classify.cutmix) == (0.8, 1.0)
+  data = config.data
+  assert (data.randaugment_ops, data.randaugment_magnitude) == (2, 9)
+  assert data.randaugment_std == 0.5
+  model, _ = models.from_config(config, config.train_role)
+  assert model.drop_path == drop_path
+
+
 def test_unknown_argument_is_refused():
   with pytest.raises(ValueError, match='epoch'):
     get_config('distill_base', 'epoch=3')

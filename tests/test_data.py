@@ -565,6 +565,91 @@ def test_rand_augment_operations(name):
   assert max(changes[:2]) <= min(changes[2:])  # it grows with the magnitude
 
 
+@pytest.mark.parametrize(
+  ('name', 'share', 'levels'),
+  [
+    # What becomes of the greys 10, 100, 127, 128, 200.
+    ('posterize', 0.9, (0, 0, 0, 128, 128)),  # one bit
+    ('posterize', 1.0, (0, 0, 0, 128, 128)),
+    ('posterize', 0.5, (0, 64, 64, 128, 192)),  # two bits
+    ('solarize', 0.9, (10, 155, 128, 127, 55)),  # from 26 on
+    ('solarize', 0.5, (10, 100, 127, 127, 55)),  # from 128 on
+    ('solarize_add', 0.9, (109, 199, 226, 128, 200)),  # 99 more below 128
+    ('invert', 0.9, (245, 155, 128, 127, 55)),
+    ('brightness', 0.5, (14, 145, 184, 185, 255)),  # 1.45 of it
+  ],
+)
+def test_rand_augment_strengths(name, share, levels):
+  greys = np.array([[10, 100, 127, 128, 200]], np.uint8)
+  image = Image.fromarray(np.repeat(greys[..., None], 3, 2))
+  result = np.asarray(transforms._RAND_AUGMENT[name](image, share, 1))
+  for channel in range(3):
+    assert tuple(result[0, :, channel].tolist()) == levels
+
+
+def test_rand_augment_moves_by_shares_of_the_side():
+  image = Image.fromarray(photo(40, 60))
+  for name, axis, pixels in (('translate_x', 1, 27), ('translate_y', 0, 18)):
+    moved = np.asarray(transforms._RAND_AUGMENT[name](image, 1.0, 1))
+    wanted = np.roll(np.asarray(image), -pixels, axis)
+    keep = [slice(None), slice(None)]
+    keep[axis] = slice(0, image.size[1 - axis] - pixels)
+    np.testing.assert_array_equal(moved[tuple(keep)], wanted[tuple(keep)])
+    keep[axis] = slice(-pixels + 1, None)  # what comes in is ImageNet's mean
+    assert (moved[tuple(keep)] == (124, 116, 104)).all()
+
+
+def test_three_augment_is_one_of_three():
+  pixels = photo()
+  image = Image.fromarray(pixels)
+  rng = np.random.default_rng(0)
+  counts = {'grey': 0, 'solarised': 0, 'blurred': 0}
+  for _ in range(300):
+    result = np.asarray(transforms.three_augment(image, rng))
+    if (result == np.where(pixels < 128, pixels, 255 - pixels)).all():
+      counts['solarised'] += 1
+    elif (result == result[..., :1]).all():
+      counts['grey'] += 1
+      light = pixels @ [0.299, 0.587, 0.114]
+      assert np.abs(result[..., 0] - light).max() <= 1
+    else:
+      counts['blurred'] += 1
+      assert np.abs(result.mean((0, 1)) - pixels.mean((0, 1))).max() < 1
+      edges = [np.diff(np.float32(x), axis=0).std() for x in (result, pixels)]
+      assert edges[0] <= edges[1]
+  assert min(counts.values()) > 67  # four standard deviations
+  assert sum(counts.values()) == 300
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    {'crop_scale': (0.2, 1.0)},
+    {'flip': True},
+    {'shift_pixels': 2},
+    {'rotate_degrees': 20.0},
+    {'three_augment': True},
+    {'color_jitter': 0.3},
+    {'randaugment_ops': 2},
+  ],
+  ids=lambda fields: next(iter(fields)),
+)
+def test_augmentation_is_that_of_its_generator(fields):
+  config = pipeline.DataConfig(image_size=16, **fields)
+  example = {'image': photo(), 'name': ''}
+  one, same, others = (
+    [
+      transforms.train_image(example, config, np.random.default_rng((0, seed)))
+      for seed in seeds
+    ]
+    for seeds in (range(8), range(8), range(8, 16))
+  )
+  np.testing.assert_array_equal(one, same)
+  assert any((a != b).any() for a, b in zip(one, others, strict=True))
+  plain = transforms.eval_image(example, config)
+  assert any((image != plain).any() for image in one)
+
+
 def test_rand_augment_draws_operations():
   image = Image.fromarray(photo())
   rng = np.random.default_rng(0)

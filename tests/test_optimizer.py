@@ -57,6 +57,41 @@ def test_layer_rates():
   assert rates['student/head/kernel'] == 1
 
 
+def teacher_params(name):
+  model = create_model(name, depth=12, num_classes=4)
+  images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+  return jax.eval_shape(model.init, jax.random.key(0), images)['params']
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'clip_base_patch16',
+    'dinov2_base_patch14_registers',
+    'siglip_base_patch16',
+  ],
+)
+def test_teachers_have_the_same_groups(name):
+  params = {'teacher': teacher_params(name)}
+  decays = by_path(optimizer.decay_mask(params))
+  rates = by_path(optimizer.layer_rates(params, 0.75))
+  embeddings = ('conv1', 'class_embedding', 'positional_embedding', 'ln_pre')
+  above = ('ln_post', 'head', 'proj', 'attnpool')
+  for path, leaf in by_path(params).items():
+    first, last = path.split('/')[1], path.split('/')[-1]
+    embedding = last in ('class_embedding', 'positional_embedding', 'registers')
+    assert decays[path] == (leaf.ndim > 1 and not embedding), path
+    if first in (*embeddings, 'registers'):
+      layer = 0
+    elif first in above:
+      layer = 13
+    else:
+      layer = int(first.removeprefix('resblocks_')) + 1
+    assert rates[path] == pytest.approx(0.75 ** (13 - layer)), path
+  assert rates['teacher/resblocks_11/attn/in_proj/kernel'] == 0.75
+  assert rates['teacher/resblocks_0/ln_1/scale'] == pytest.approx(0.75**12)
+
+
 def test_schedule():
   config = make_config(
     **{

@@ -109,6 +109,35 @@ def test_a_teacher_by_texts(small_clip, tmp_path):
   assert result['accuracy'] == pytest.approx(scored(config, features, texts))
 
 
+@pytest.mark.slow
+def test_a_published_teacher_is_probed_and_fine_tuned(small_clip, tmp_path):
+  """The same file: no head to probe it, a fresh one to fine-tune it."""
+  from safetensors.numpy import save_file
+
+  from linearizer_jax.convert import FAMILIES, tables
+
+  _, variables, _ = load.load_teacher(small_clip, 'random')
+  tensors = tables.to_state_dict(FAMILIES['clip'][0], variables['params'])
+  path = str(tmp_path / 'clip.safetensors')
+  save_file(tensors, path)
+  changes = {'teacher.name': small_clip, 'teacher.num_heads': 2, 'init': path}
+  config = tiny(
+    'evaluate',
+    train_role='teacher',
+    **changes,
+    **{'evaluate.metrics': ('knn',), 'evaluate.knn_neighbours': 1},
+  )
+  result = run(config, tmp_path / 'probed')
+  assert {'knn_class', 'knn_patches'} <= set(result)
+  config = tiny(train_role='teacher', steps=1, **changes)
+  config['optimizer'] |= {'learning_rate': 0.0, 'weight_decay': 0.0}
+  run(config, tmp_path / 'tuned')
+  params, info = checkpoint.load_params(tmp_path / 'tuned')
+  assert info['role'] == 'teacher'
+  assert params.pop('head')['kernel'].shape == (16, 10)
+  jax.tree.map(np.testing.assert_array_equal, params, variables['params'])
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
   path = tmp_path / 'texts.npz'
   write_texts(path, 6)

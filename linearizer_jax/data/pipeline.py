@@ -47,6 +47,7 @@ class DataConfig:
   flip: bool = False
   shift_pixels: int = 0
   rotate_degrees: float = 0.0
+  three_augment: bool = False  # grey, solarised or blurred
   color_jitter: float = 0.0  # brightness, contrast, saturation
   randaugment_ops: int = 0
   randaugment_magnitude: float = 9.0  # of 10
@@ -95,6 +96,11 @@ class DataConfig:
       raise ValueError(
         f'data.crop_scale is {self.crop_scale}, expected (least, most) with '
         '0 < least <= most <= 1, or None.'
+      )
+    if self.labels_per_class is not None and self.labels_per_class < 1:
+      raise ValueError(
+        f'data.labels_per_class is {self.labels_per_class}, expected at least '
+        '1, or None.'
       )
     if not 0 < self.eval_crop <= 1:
       raise ValueError(f'data.eval_crop is {self.eval_crop}, expected (0, 1].')

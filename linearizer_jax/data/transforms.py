@@ -8,7 +8,7 @@ import io
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 _BICUBIC = Image.Resampling.BICUBIC
 # What Pillow raises on damaged files.
@@ -18,8 +18,9 @@ _DECODING_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)
 def train_image(example, config, rng):
   """Decodes and augments one training example.
 
-  Random-resized-crop, flip, shift and rotation, colour, RandAugment, in this
-  order. A step whose field in `pipeline.DataConfig` is off draws nothing.
+  Random-resized-crop, flip, shift and rotation, 3-Augment, colour, RandAugment,
+  in this order. A step whose field in `pipeline.DataConfig` is off draws
+  nothing.
 
   Args:
     example: dict of `image` (encoded bytes or uint8 (h, w, 3)), `name`.
@@ -44,6 +45,8 @@ def train_image(example, config, rng):
     image = shift_and_rotate(
       image, config.shift_pixels, config.rotate_degrees, rng
     )
+  if config.three_augment:
+    image = three_augment(image, rng)
   if config.color_jitter:
     image = color_jitter(image, config.color_jitter, rng)
   if config.randaugment_ops:
@@ -251,11 +254,35 @@ def color_jitter(image, strength, rng):
   return image
 
 
+def three_augment(image, rng):
+  """One of grey, solarised or blurred, with equal chance.
+
+  Source: DeiT III (arXiv 2204.07118), section 3.2: grey; every value from 128
+  on inverted; a Gaussian of 0.1 to 2 pixels. Its colour jitter of 0.3 is
+  `color_jitter`, which follows.
+
+  Args:
+    image: PIL image, RGB.
+    rng: `np.random.Generator`.
+
+  Returns:
+    PIL image, RGB, of the same size.
+  """
+  kind = rng.integers(3)
+  if kind == 0:
+    return ImageOps.grayscale(image).convert('RGB')
+  if kind == 1:
+    return ImageOps.solarize(image)
+  return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+
+
 def rand_augment(image, num_ops, magnitude, magnitude_std, rng):
   """Applies `num_ops` random rows of `_RAND_AUGMENT`, each with chance 1/2.
 
-  RandAugment (arXiv 1909.13719) with the ranges that recipes like
-  "rand-m9-mstd0.5-inc1" mean: every operation grows with the magnitude.
+  RandAugment (arXiv 1909.13719) as recipes write it, "rand-m9-mstd0.5-inc1":
+  operations drawn with replacement, every one growing with the magnitude. One
+  thing differs: at magnitude 10 posterizing keeps one bit of a pixel, not none,
+  which would give a black image.
 
   Args:
     image: PIL image, RGB.
@@ -282,8 +309,10 @@ def _affine(image, *matrix):
 
 
 def _solarize_add(image, share, sign):
-  bright = [v + 110 * share if v < 128 else v for v in range(256)]
-  return image.point([min(255, round(v)) for v in bright] * 3)
+  add = int(110 * share)
+  return image.point(
+    [min(255, v + add) if v < 128 else v for v in range(256)] * 3
+  )
 
 
 def _enhance(kind):
@@ -301,7 +330,7 @@ _RAND_AUGMENT = {
     image, max(1, 4 - int(4 * share))
   ),
   'solarize': lambda image, share, sign: ImageOps.solarize(
-    image, round(256 * (1 - share))
+    image, 256 - int(256 * share)
   ),
   'solarize_add': _solarize_add,
   'color': _enhance(ImageEnhance.Color),

@@ -11,6 +11,17 @@ EVALUATIONS = ('evaluate', 'zeroshot', 'evaluate_segment')
 SEGMENTATIONS = ('segment', 'evaluate_segment')
 
 
+def reads_head(config):
+  """Whether a stage looks at logits; probes of features do not."""
+  return config.task != 'evaluate' or 'top1' in config.evaluate.metrics
+
+
+def reads_features(config):
+  """Whether a stage has neighbours or a linear classifier judge features."""
+  wanted = {'knn', 'linear'} & set(config.evaluate.metrics)
+  return config.task == 'evaluate' and bool(wanted)
+
+
 def image_shape(config):
   """(H, W, 3) of the images of a stage."""
   return (*layers.as_pair(config.data.image_size), 3)
@@ -54,8 +65,9 @@ def make_task(config, mesh, num_classes):
     return Segment(model, role, *stats, config)
   if config.task in ('classify', *EVALUATIONS):
     role = config.train_role
+    classes = num_classes if reads_head(config) else 0
     model, stats = models.from_config(
-      config, role, num_classes=num_classes, **placement
+      config, role, num_classes=classes, **placement
     )
     return Classify(model, role, *stats, config)
   if config.task != 'distill':

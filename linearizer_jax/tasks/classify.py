@@ -83,6 +83,19 @@ class Classify:
       'top5': 100.0 * (top5 == label[:, None]).any(-1),
     }
 
+  def features(self, params, images):
+    """What a probe sees of uint8 images (B, H, W, 3), after the final norm.
+
+    Returns {'class': the class token, 'patches': the mean of the patch tokens},
+    (B, D) float32 each.
+    """
+    images = inputs.normalize(images, self.mean, self.std)
+    _, out = self.model.apply({'params': params[self.role]}, images)
+    return {
+      'class': out['class'].astype(jnp.float32),
+      'patches': out['normed'].mean(1, dtype=jnp.float32),
+    }
+
 
 def mix_images(key, images, target, mixup, cutmix):
   """Mixup (arXiv 1710.09412) or cutmix (arXiv 1905.04899) of a batch.
