@@ -26,7 +26,8 @@ ALLOWED = {
   'recorder': {'metrics'},
   'start': {'checkpoint', 'convert', 'models', 'tasks', 'zeroshot'},
   'figures': {'metrics', 'tasks'},
-  'report': {'checkpoint', 'figures', 'models', 'data'},
+  'report': {'checkpoint', 'figures', 'models', 'data', 'results'},
+  'results': {'checkpoint'},
   'zeroshot': set(),
   'plan': {'train', 'tasks', 'optimizer', 'sharding', 'data'},
   'train': {
