@@ -18,8 +18,9 @@ teacher, `none` and `both` in one work directory; the command goes on where it
 was stopped. `rows=none+both` picks rows, `seeds=1` the first seeds, `length=4`
 makes every training four times as long.
 
-Scales: `scale=cpu` (default) is made for two cores and about 90 minutes a table
-of eight rows; `scale=gpu` for one H200 and 20 minutes, not run by us.
+Scales: `scale=cpu` (default) is made for two cores and about 100 minutes for
+the table `losses`, reckoned from the time of single updates; `scale=gpu` for
+one H200 and 20 minutes, not run by us.
 """
 
 from configs import common
@@ -81,12 +82,13 @@ SCALES = {
     depth=4,
     state_dim=16,
     dtype='float32',
-    batch_size=32,
-    teacher_steps=3000,
-    distill_steps=500,
-    finetune_steps=250,
-    few_steps=100,
-    learning_rate=2e-3,
+    batch_size=16,
+    eval_batch_size=64,
+    teacher_steps=6000,
+    distill_steps=1000,
+    finetune_steps=500,
+    few_steps=200,
+    learning_rate=1.5e-3,
     finetune_rate=1e-3,
     classify=dict(label_smoothing=0.1),
     threads=2,
@@ -100,14 +102,15 @@ SCALES = {
     state_dim=64,
     dtype='bfloat16',
     batch_size=256,
-    teacher_steps=3000,
-    distill_steps=800,
-    finetune_steps=400,
-    few_steps=100,
+    eval_batch_size=256,
+    teacher_steps=2000,
+    distill_steps=450,
+    finetune_steps=250,
+    few_steps=60,
     learning_rate=1e-3,
     finetune_rate=5e-4,
     classify=dict(label_smoothing=0.1, mixup=0.2, cutmix=1.0),
-    workers=12,
+    threads=16,
   ),
 }
 
@@ -187,9 +190,10 @@ def _table(config, options):
   }
   config.data.image_size = scale['image_size']
   config.data.cache_pixels = scale['cache_pixels']
-  config.data.num_workers = scale.get('workers', 0)
-  config.data.num_threads = scale.get('threads', 1)
-  config.batch_size = config.eval_batch_size = scale['batch_size']
+  # Threads, not processes: they share the images, and so do the stages.
+  config.data.num_workers, config.data.num_threads = 0, scale['threads']
+  config.batch_size = scale['batch_size']
+  config.eval_batch_size = scale['eval_batch_size']
   config.optimizer.learning_rate = scale['learning_rate']
   config.optimizer.b2 = 0.95
   config.log.eval_every_epochs = 0.0

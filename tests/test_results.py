@@ -161,7 +161,10 @@ def test_length_and_rows_and_mistakes():
     'finetune_none_s1',
     'few_none_s1',
   )
-  assert config.per_stage.teacher.steps == 2 * 3000
+  assert (
+    config.per_stage.teacher.steps
+    == 2 * imagenette.SCALES['cpu']['teacher_steps']
+  )
   assert '2 times' in config.report.scale
   for argument in ('table=loss', 'table=flips,rows=logits'):
     with pytest.raises(ValueError, match=r'losses|flips_never'):
@@ -183,7 +186,7 @@ def test_a_table_of_two_rows_goes_on_after_a_kill(tmp_path):
   command = [
     *(sys.executable, 'main.py', f'--workdir={tmp_path}'),
     f'--config=configs/imagenette.py:{argument}',
-    *(f'--config.stages={kept}', '--config.student.width=32'),
+    f'--config.stages={kept}',
   ]
   env = dict(os.environ, XLA_FLAGS='')
   # Dies in the middle of the distillation, after the update 2 is saved.
