@@ -283,7 +283,7 @@ def _student(scale, row, changes, seed):
     )
     start = dict(
       init=f'stage:distill_{row}_s{seed}',
-      optimizer=dict(learning_rate=scale['finetune_rate'], layer_decay=0.75),
+      optimizer=dict(learning_rate=scale['finetune_rate']),
     )
     before = 0
   few = dict(data=dict(labels_per_class=FEW_LABELS, labels_seed=seed))
