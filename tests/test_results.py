@@ -179,6 +179,7 @@ def test_a_stage_of_another_kind_is_refused_before_a_table_starts():
     train.check_stages(stages[-3:])
 
 
+@pytest.mark.slow
 def test_a_table_of_two_rows_goes_on_after_a_kill(tmp_path):
   """Through main.py: rows that are done stay, the one under way is resumed."""
   argument = 'table=losses,rows=none+both,seeds=1,smoke'
@@ -187,6 +188,8 @@ def test_a_table_of_two_rows_goes_on_after_a_kill(tmp_path):
     *(sys.executable, 'main.py', f'--workdir={tmp_path}'),
     f'--config=configs/imagenette.py:{argument}',
     f'--config.stages={kept}',
+    *('--config.student.depth=1', '--config.teacher.depth=1'),
+    '--config.distill.num_stages=1',
   ]
   env = dict(os.environ, XLA_FLAGS='')
   # Dies in the middle of the distillation, after the update 2 is saved.
