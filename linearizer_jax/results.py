@@ -43,7 +43,7 @@ def main(argv=None):
       read_lines(path.with_suffix('.jsonl')),
       *(collect(run) for run in options.runs),
     )
-    if not lines:
+    if not any('table' in line for line in lines):
       raise ValueError(
         f'nothing to write: no --runs with a finished row, and no '
         f'{path.with_suffix(".jsonl")}.'
