@@ -43,8 +43,7 @@ def main(argv):
   if flags.FLAGS.plan:
     plan.plan(stages[0], flags.FLAGS.plan, flags.FLAGS.out)
     return
-  for stage in stages:
-    train.check_stage(stage)
+  train.check_stages(stages)
   checkpoint.claim_workdir(workdir, config)
   programs = {}
   for stage in stages:

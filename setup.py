@@ -30,6 +30,7 @@ setup(
   package_dir={'linearizer_jax.kernels': 'kernels'},
   packages=find_packages(include=['linearizer_jax', 'linearizer_jax.*'])
   + ['linearizer_jax.kernels', 'linearizer_jax.kernels.ssd'],
+  package_data={'linearizer_jax': ['weights/*/*']},
   install_requires=[
     f'jax{JAX}',
     'flax>=0.12',

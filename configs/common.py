@@ -99,6 +99,10 @@ def base():
   config.report = ml_collections.ConfigDict(
     dict(metric='', rows=(), nearest_neighbour='', maps=())
   )
+  # Tables whose rows are runs, see linearizer_jax/results.py: (name, rows), the
+  # name of the scale and a sentence about it.
+  config.report.tables = ()
+  config.report.scale = config.report.setup = ''
   return config.lock()
 
 
@@ -170,6 +174,7 @@ def data():
       image_size=pair(224),  # side, or (height, width)
       num_classes=10,  # 'generated' and dense 'folder' only
       num_examples=256,
+      cache_pixels=0,
       labels_per_class=optional(int),
       labels_seed=0,
       crop_scale=(0.2, 1.0),

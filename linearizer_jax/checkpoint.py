@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
   'data.num_threads',
   'data.data_dir',
   'parallel.fsdp',
+  'report.',
 )
 
 _log = logging.getLogger('linearizer_jax')
@@ -366,6 +367,9 @@ def read_config(workdir):
 def claim_workdir(workdir, config):
   """Writes config.json, or checks that the run there is this one.
 
+  A run may gain stages; those that `config` lacks stay known. So several tables
+  share the rows they have in common.
+
   Args:
     workdir: created where it is missing.
     config: the resolved config, a dict of JSON values.
@@ -377,7 +381,9 @@ def claim_workdir(workdir, config):
   workdir = pathlib.Path(workdir)
   config = json.loads(json.dumps(config))  # tuples become lists, as on disk
   if (workdir / 'config.json').is_file():
-    old, new = (_flatten(c, '.') for c in (read_config(workdir), config))
+    before = read_config(workdir)
+    known = [s for s in before['stages'] if s in config['stages']]
+    old, new = (_flatten(_with_stages(c, known), '.') for c in (before, config))
     missing = object()
     differing = sorted(
       name
@@ -395,9 +401,20 @@ def claim_workdir(workdir, config):
         f'{workdir} holds a run with another config: {rows}. Give another '
         '--workdir, or set these fields back.'
       )
+    gone = [s for s in before['stages'] if s not in known]
+    config = config | {
+      'stages': gone + config['stages'],
+      'per_stage': before['per_stage'] | config['per_stage'],
+    }
   workdir.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
     write_json(workdir / 'config.json', config)
+
+
+def _with_stages(config, stages):
+  """The config without the fields of all stages but these."""
+  changes = {k: v for k, v in config['per_stage'].items() if k in stages}
+  return config | {'stages': stages, 'per_stage': changes}
 
 
 def _flatten(tree, sep='/'):

@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from linearizer_jax import checkpoint, figures, models
+from linearizer_jax import checkpoint, figures, models, results
 from linearizer_jax.data import pipeline
 
 _log = logging.getLogger('linearizer_jax')
@@ -22,29 +22,33 @@ def write(config, workdir):
     workdir: folder of the run, all of whose stages are done.
 
   Returns:
-    The summary, a dict: {row: value, 'seconds': {stage: float}}.
+    The summary, a dict: {row: value, 'seconds': {stage: float}}. None for a run
+    of tables, which are printed: `results` writes them.
   """
   workdir = pathlib.Path(workdir)
   options = config['report']
-  results = {
+  if options['tables']:
+    print(results.page(results.collect(workdir)))
+    return None
+  done = {
     stage: checkpoint.read_json(
       checkpoint.stage_dir(workdir, stage) / 'result.json'
     )
     for stage in config['stages']
   }
   metric = options['metric'] or 'loss'
-  rows = dict(options['rows'] or [(stage, (stage,)) for stage in results])
+  rows = dict(options['rows'] or [(stage, (stage,)) for stage in done])
   summary = {}
   for row, stages in rows.items():
     # A distillation has no accuracy: its loss stands in the table. Features
     # that are only probed have neither.
-    found = [results[s].get(metric, results[s].get('loss')) for s in stages]
+    found = [done[s].get(metric, done[s].get('loss')) for s in stages]
     if None not in found:
       summary[row] = max(found)
   if options['nearest_neighbour']:
     stage = checkpoint.resolve_stage(config, options['nearest_neighbour'])
     summary['nearest_neighbour'] = nearest_neighbour(stage['data'])
-  seconds = {stage: result['seconds'] for stage, result in results.items()}
+  seconds = {stage: result['seconds'] for stage, result in done.items()}
   summary['seconds'] = seconds
   checkpoint.write_json(workdir / 'summary.json', summary)
 

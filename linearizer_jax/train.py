@@ -175,6 +175,17 @@ def run_stage(config, workdir, devices=None, shared=None):
   return result
 
 
+def check_stages(configs, devices=None):
+  """`check_stage` of each kind: it does not see the seed of a row."""
+  unseen = ('stage', 'seed', 'init')
+  kinds = {
+    repr({k: v for k, v in config.items() if k not in unseen}): config
+    for config in configs
+  }
+  for config in kinds.values():
+    check_stage(config, devices)
+
+
 def check_stage(config, devices=None):
   """Raises ValueError for a stage that could not start, before any starts."""
   config = ml_collections.ConfigDict(config)

@@ -502,3 +502,34 @@ def test_refusals_say_what_to_do(student_run, tmp_path, capsys):
   save_file({'x': np.zeros(1)}, tmp_path / 'x.safetensors')
   with pytest.raises(ValueError, match='say which one'):
     load.load(tmp_path / 'x.safetensors')
+
+
+def test_a_student_that_comes_with_the_package(
+  student_run, tmp_path, monkeypatch, capsys
+):
+  run, params, _ = student_run
+  name = 'adventurer_imagenette'
+  monkeypatch.setattr(load, 'WEIGHTS_FOLDER', tmp_path)
+  with pytest.raises(FileNotFoundError, match=r'convert export --checkpoint'):
+    linearizer_jax.load(name)
+  command = ['export', f'--checkpoint={run}', f'--out={tmp_path / name}']
+  with monkeypatch.context() as patch:
+    patch.setattr(load, 'PACKAGED_BYTES', 1000)
+    assert 'takes up to 1,000' in __main__.main(command)
+  assert not any(tmp_path.iterdir())
+  other = ['export', f'--checkpoint={run}', f'--out={tmp_path / "other"}']
+  assert 'no student of the package' in __main__.main(other)
+  assert not __main__.main(command)
+  capsys.readouterr()
+  card = (tmp_path / name / 'README.md').read_text()
+  assert 'terms of ImageNet' in card
+  loaded = linearizer_jax.load(name)
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.variables['params'], params
+  )
+
+
+def test_what_comes_with_the_package_is_small():
+  for name in load.PACKAGED:
+    files = list((load.WEIGHTS_FOLDER / name).glob('*'))
+    assert sum(path.stat().st_size for path in files) <= load.PACKAGED_BYTES

@@ -380,6 +380,22 @@ def test_broken_image_names_its_file(folder, tmp_path, num_workers):
     list(pipeline.make_eval_batches(config, batch_size=8))
 
 
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_cached_images_are_decoded_once(folder, num_workers, monkeypatch):
+  """Large enough, a cache changes nothing; then the files are not needed."""
+  plain = folder | {'crop_scale': (0.3, 1.0), 'eval_crop': 1.0}
+  cached = plain | {'cache_pixels': 64, 'num_workers': num_workers}
+  assert_same(train_batches(cached, 3), train_batches(plain, 3))
+  small = plain | {'cache_pixels': 20}
+  source = pipeline._source(pipeline.DataConfig(**small), 'train')
+  assert {x['image'].shape for x in source} == {(20, 30, 3)}
+  monkeypatch.setattr(datasets.Folder, '__getitem__', None)
+  assert len(train_batches(small, 1)[0]['image']) == 8
+  few = small | {'labels_per_class': 1}
+  assert pipeline.num_train_examples(few) == 2
+  assert len(train_batches(few, 1)[0]['image']) == 8
+
+
 def test_folder_errors(folder, tmp_path):
   def error(match, **fields):
     with pytest.raises(ValueError, match=match):

@@ -1,6 +1,8 @@
 """Weights in and out, from the command line.
 
 python -m linearizer_jax.convert export --checkpoint=WORKDIR --out=DIR
+python -m linearizer_jax.convert export --checkpoint=runs/imagenette_cpu \
+  --stage=finetune_both_s0 --out=linearizer_jax/weights/adventurer_imagenette
 python -m linearizer_jax.convert import --folder=DIR --out=WORKDIR
 python -m linearizer_jax.convert check --teacher=openai/clip-vit-base-patch16
 """

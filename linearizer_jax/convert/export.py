@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import textwrap
 
 import jax
 import numpy as np
@@ -61,7 +62,8 @@ def export(source, out, *, stage=None, step=None, onnx=False):
 
   Args:
     source: a work directory, or anything else that `load` makes a student of.
-    out: folder to write; must not hold anything.
+    out: folder to write; must not hold anything. The folder of a student in
+      `load.PACKAGED` gets its note on the card, and a limit.
     stage, step: of a work directory; the last finished stage and its best, else
       newest, checkpoint when None.
     onnx: also write `model.onnx`, for the model's own image size and batches of
@@ -71,8 +73,8 @@ def export(source, out, *, stage=None, step=None, onnx=False):
     {file: largest relative difference of its outputs from ours}.
 
   Raises:
-    ValueError: `out` holds something, `source` is no student, or the models
-      differ. Nothing is left behind.
+    ValueError: `out` holds something, `source` is no student, the models
+      differ, or it is too large for the package. Nothing is left behind.
     ImportError: torch, or what ONNX needs, is not installed.
   """
   with _whole_folder(out) as folder:
@@ -92,6 +94,8 @@ def export(source, out, *, stage=None, step=None, onnx=False):
     differences = {WEIGHTS: _compare_torch(folder, loaded)}
     if onnx:
       differences[ONNX] = _write_onnx(folder, loaded)
+    if pathlib.Path(out).resolve().parent == load.WEIGHTS_FOLDER.resolve():
+      _package(folder, pathlib.Path(out).name)
     for name, difference in differences.items():
       if not difference <= TOLERANCE[name]:  # a NaN too
         raise ValueError(
@@ -158,11 +162,29 @@ def _whole_folder(out):
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def _package(folder, name):
+  """Adds a packaged student's note to its card; refuses one too large."""
+  if name not in load.PACKAGED:
+    raise ValueError(
+      f'{name} is no student of the package; its names are '
+      f'{", ".join(load.PACKAGED)} (PACKAGED in convert/load.py).'
+    )
+  size = sum(path.stat().st_size for path in folder.iterdir())
+  if size > load.PACKAGED_BYTES:
+    raise ValueError(
+      f'{name} takes {size:,} bytes; the package takes up to '
+      f'{load.PACKAGED_BYTES:,}: export a smaller student.'
+    )
+  with open(folder / CARD, 'a', encoding='utf-8') as card:
+    card.write('\n' + textwrap.fill(load.PACKAGED[name], 79) + '\n')
+
+
 def _provenance(source, stage, step):
   """The run behind a work directory: its config, and what it measured."""
   if not any(pathlib.Path(source).glob('*/checkpoints')):
     return {}
   info = checkpoint.describe(source, stage=stage, step=step)
+  info['config']['data']['data_dir'] = None  # a place on one machine
   result = checkpoint.stage_dir(source, info['stage']) / 'result.json'
   result = checkpoint.read_json(result) if result.is_file() else {}
   return info | {'result': result}

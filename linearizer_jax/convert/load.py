@@ -24,6 +24,19 @@ from linearizer_jax.models.segmenter import Segmenter
 from linearizer_jax.models.segmenter import from_config as head_from_config
 from linearizer_jax.models.teachers import IMAGENET, TEACHERS
 
+# Students that come with the package: a name and what its card has to add.
+PACKAGED = {
+  'adventurer_imagenette': (
+    'Trained on Imagenette, ten classes of ImageNet. The code is under '
+    'Apache-2.0; the images are under the terms of ImageNet, for research and '
+    'education that is not commercial, and whoever uses these weights should '
+    'keep to them.'
+  ),
+}
+WEIGHTS_FOLDER = pathlib.Path(__file__).parent.parent / 'weights'
+# Of the folder of one of them: it is in every installation.
+PACKAGED_BYTES = 8_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
@@ -93,7 +106,8 @@ def load(
     source: the work directory of a run; an exported folder; a released
       Adventurer, .pth or safetensors, whose sizes are read off its tensors; a
       name in `models.teachers.TEACHERS` or its hub id, whose published weights
-      are fetched; or other weights of such a teacher, with `name`.
+      are fetched; other weights of such a teacher, with `name`; or a name in
+      `PACKAGED`, whose weights are part of the package.
     name: the teacher that a file, a folder or another hub id holds.
     role, stage, step: of a work directory; see `checkpoint.load_params`.
     ema: the average instead of the raw weights, where there is one.
@@ -112,6 +126,8 @@ def load(
       missing, extra or of another shape.
     FileNotFoundError: no such file, or no network.
   """
+  if not name and str(source) in PACKAGED:
+    source = packaged_folder(source)
   path = pathlib.Path(source).expanduser()
   if any(path.glob('*/checkpoints')):
     return _from_workdir(path, role, stage, step, ema, overrides)
@@ -130,6 +146,23 @@ def load(
       f'load({str(source)!r}, name=...), one of {", ".join(TEACHERS)}.'
     )
   return _from_tensors(path, tensors, legacy_positions, overrides)
+
+
+def packaged_folder(name):
+  """The folder of a student that comes with the package.
+
+  Raises:
+    FileNotFoundError: this installation lacks it; says how to make it.
+  """
+  folder = WEIGHTS_FOLDER / name
+  if not (folder / 'model.safetensors').is_file():
+    raise FileNotFoundError(
+      f'this installation has no weights of {name}: there is no {folder}. Make '
+      'it from a run with `python -m linearizer_jax.convert export '
+      f'--checkpoint=RUN --out={folder}`, where RUN is the work directory of '
+      'configs/imagenette.py.'
+    )
+  return folder
 
 
 def load_teacher(name, source=None, *, key=None, **overrides):

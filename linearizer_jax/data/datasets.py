@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from linearizer_jax.data import dense
+from linearizer_jax.data import dense, transforms
 
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 # A fifth of the digits, drawn once and for all: no seed of a run changes it.
@@ -179,6 +179,35 @@ class Subset:
 
   def labels(self):
     return self._source.labels()[self._indices]
+
+
+class Cached:
+  """Another source, each of whose images is decoded once, on first use.
+
+  Held as uint8 (h, w, 3), the shorter side `pixels`; smaller images stay as
+  they are. A worker process decodes for itself: nothing is sent to it.
+  """
+
+  def __init__(self, source, pixels):
+    self._source, self._pixels = source, pixels
+    self._examples = {}
+    self.num_classes = source.num_classes
+
+  def __len__(self):
+    return len(self._source)
+
+  def __getitem__(self, index):
+    if index not in self._examples:
+      example = self._source[index]
+      image = transforms.shrink(example, self._pixels)
+      self._examples[index] = example | {'image': image}
+    return self._examples[index]
+
+  def __reduce__(self):
+    return Cached, (self._source, self._pixels)
+
+  def labels(self):
+    return self._source.labels()
 
 
 def labels_per_class(source, count, seed):

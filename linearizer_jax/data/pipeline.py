@@ -37,6 +37,9 @@ class DataConfig:
   num_classes: int = 10
   num_examples: int = 256  # 'generated' only
 
+  # Keeps decoded images in memory, this long at the shorter side; 0: none.
+  cache_pixels: int = 0
+
   # Label budget: train on n random examples per class (None: on all).
   labels_per_class: int | None = None
   labels_seed: int = 0
@@ -360,11 +363,36 @@ def _parse(data_config):
   return DataConfig(**data_config)
 
 
-def _source(config, split):
+# What decides the images that a source holds.
+_SOURCE_FIELDS = (
+  'name',
+  'data_dir',
+  'train_split',
+  'eval_split',
+  'image_size',
+  'num_classes',
+  'num_examples',
+  'cache_pixels',
+)
+
+
+# Two splits: later stages of a run find what earlier ones decoded.
+@functools.lru_cache(maxsize=2)
+def _cached_source(config, split):
   row = _row(config.name)
+  return datasets.Cached(row.load(row, config, split), config.cache_pixels)
+
+
+def _source(config, split):
   if config.dense:
+    row = _row(config.name)
     return row.load_dense(row, config, split)
-  source = row.load(row, config, split)
+  if config.cache_pixels:
+    images = {name: getattr(config, name) for name in _SOURCE_FIELDS}
+    source = _cached_source(DataConfig(**images), split)
+  else:
+    row = _row(config.name)
+    source = row.load(row, config, split)
   if config.labels_per_class is None or split != config.train_split:
     return source
   return datasets.labels_per_class(

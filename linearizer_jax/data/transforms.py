@@ -120,6 +120,27 @@ def image_size(path):
     raise ValueError(_broken(path, error)) from error
 
 
+def shrink(example, pixels):
+  """Decodes an example; its shorter side becomes `pixels` where it is longer.
+
+  Args:
+    example: dict of `image` (encoded bytes or uint8 (h, w, 3)), `name`.
+    pixels: int.
+
+  Returns:
+    uint8 (h, w, 3).
+
+  Raises:
+    ValueError: the image cannot be decoded; names the file.
+  """
+  image = open_image(example)
+  width, height = image.size
+  scale = min(1, pixels / min(width, height))
+  size = round(scale * height), round(scale * width)
+  image = crop_and_resize(image, (0, 0, width, height), size, example['name'])
+  return np.asarray(image)
+
+
 def crop_and_resize(image, box, size, name):
   """Decodes, cuts `box` (left, top, right, bottom) and resizes it, bicubic.
 

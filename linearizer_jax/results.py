@@ -1,0 +1,225 @@
+"""Tables whose rows are runs: from work directories to docs/results.md.
+
+python -m linearizer_jax.results --runs=DIR --out=docs/results.md
+
+Finished stages of the work directories become JSON lines beside `--out`, one a
+number; the page is written from all of these. A run that still goes on can be
+read too. Without `--runs` the page alone is written anew.
+
+A line is {'table', 'scale', 'row', 'labels', 'seed', 'accuracy', 'updates',
+'seconds'}, accuracy in percent, updates and seconds with those of the
+distillation; or {'scale', 'setup'}, a sentence about a scale.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import statistics
+import sys
+
+from linearizer_jax import checkpoint
+
+# <kind>_<row>_s<seed>; a teacher is a row of its own.
+STAGE = re.compile(r'(?P<kind>finetune|few)_(?P<row>\w+)_s(?P<seed>\d+)')
+TEACHER = re.compile(r'teacher\w*')
+LABELS = {'finetune': 'all', 'few': '10%'}
+BASELINES = ('none', 'both')
+KEY = ('table', 'scale', 'row', 'labels', 'seed')
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(
+    prog='python -m linearizer_jax.results', description=__doc__.split('\n')[0]
+  )
+  parser.add_argument(
+    '--runs', action='append', default=[], help='a work directory; repeatable'
+  )
+  parser.add_argument('--out', required=True, help='the page, a .md file')
+  options = parser.parse_args(argv)
+  path = pathlib.Path(options.out)
+  try:
+    lines = merge(
+      read_lines(path.with_suffix('.jsonl')),
+      *(collect(run) for run in options.runs),
+    )
+    if not any('table' in line for line in lines):
+      raise ValueError(
+        f'nothing to write: no --runs with a finished row, and no '
+        f'{path.with_suffix(".jsonl")}.'
+      )
+  except (ValueError, OSError) as error:
+    return f'{parser.prog}: {error}'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  path.with_suffix('.jsonl').write_text(text)
+  path.write_text(page(lines))
+  print(f'Written to {path}, from {len(lines)} lines.')
+
+
+def collect(workdir):
+  """Lines of the finished stages of a work directory.
+
+  A row that several tables share, such as the baselines, is given for each
+  table that has a finished row of its own.
+
+  Args:
+    workdir: of a run whose `config.report.tables` lists (name, rows).
+
+  Returns:
+    A list of dicts, tables and rows in the order of the config.
+
+  Raises:
+    ValueError: no work directory, or the run is no table.
+  """
+  config = checkpoint.read_config(workdir)
+  report = config['report']
+  if not report.get('tables'):
+    raise ValueError(
+      f'{workdir} is no run of tables: its config.report.tables is empty. '
+      'Start one with configs/imagenette.py:table=losses.'
+    )
+  done = {}
+  for stage in config['stages']:
+    path = checkpoint.stage_dir(workdir, stage) / 'result.json'
+    if path.is_file():
+      done[stage] = checkpoint.read_json(path)
+  lines = {}
+  for stage, result in done.items():
+    match = STAGE.fullmatch(stage)
+    if match:
+      row, kind = match['row'], match['kind']
+      before = done.get(f'distill_{row}_s{match["seed"]}', {})
+      where = {'row': row, 'labels': LABELS[kind], 'seed': int(match['seed'])}
+    elif TEACHER.fullmatch(stage):
+      row, before = stage, {}
+      where = {'row': row, 'labels': 'all', 'seed': config['seed']}
+    else:
+      continue
+    numbers = {'accuracy': result['accuracy']}
+    for name in ('steps', 'seconds'):
+      total = result[name] + before.get(name, 0)
+      numbers['updates' if name == 'steps' else name] = total
+    lines.setdefault(row, []).append(where | numbers)
+  owner = {}
+  for name, rows in report['tables']:
+    for row in rows:
+      owner.setdefault(row, name)
+  found = [{'scale': report['scale'], 'setup': report['setup']}]
+  for name, rows in report['tables']:
+    if any(owner[row] == name for row in rows if row in lines):
+      place = {'table': name, 'scale': report['scale']}
+      for row in rows:
+        found += [place | line for line in lines.get(row, ())]
+  return found
+
+
+def read_lines(path):
+  """Lines of a JSON-lines file; none where there is no file."""
+  path = pathlib.Path(path)
+  if not path.is_file():
+    return []
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def merge(*sources):
+  """All lines; of two for the same number the later one, in its place."""
+  merged = {}
+  for line in (line for lines in sources for line in lines):
+    merged[tuple(line.get(name) for name in KEY)] = line
+  return list(merged.values())
+
+
+def summarise(lines):
+  """Mean, deviation and paired differences of the rows of one table.
+
+  Args:
+    lines: of one table and scale.
+
+  Returns:
+    {row: {labels: {'accuracy', 'none', 'both'}}}, each a triple (mean, sample
+    standard deviation, count): of the accuracy, and of its differences, seed by
+    seed, from the baselines, where there are such. The deviation of one number
+    is None.
+  """
+  cells = {}
+  for line in lines:
+    cell = cells.setdefault(line['row'], {}).setdefault(line['labels'], {})
+    cell[line['seed']] = line['accuracy']
+
+  def spread(values):
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return statistics.mean(values), deviation, len(values)
+
+  found = {}
+  for row, measures in cells.items():
+    for labels, seeds in measures.items():
+      cell = {'accuracy': spread(list(seeds.values()))}
+      for base in BASELINES:
+        other = cells.get(base, {}).get(labels, {})
+        pairs = [seeds[s] - other[s] for s in seeds if s in other]
+        if pairs and row != base and not TEACHER.fullmatch(row):
+          cell[base] = spread(pairs)
+      found.setdefault(row, {})[labels] = cell
+  return found
+
+
+def page(lines):
+  """The page, Markdown."""
+  setups = {x['scale']: x['setup'] for x in lines if 'setup' in x}
+  tables = {}
+  for line in lines:
+    if 'table' in line:
+      tables.setdefault((line['table'], line['scale']), []).append(line)
+  parts = [
+    '# Results\n\nWritten by `python -m linearizer_jax.results` from the JSON '
+    'lines beside this file; not to be edited.\n\nTest accuracy in percent: '
+    'mean and sample standard deviation over the seeds. A difference is taken '
+    'seed by seed from the same number of the row `none` or `both`. Updates '
+    'and seconds of training are those of one seed with all labels, with the '
+    'distillation, without compiling.\n'
+  ]
+  for (name, scale), rows in tables.items():
+    parts.append(
+      f'## {name}, scale {scale}\n\n{setups.get(scale, "")}\n\n{table(rows)}\n'
+    )
+  return '\n'.join(parts)
+
+
+def table(lines):
+  """The Markdown table of one table and scale."""
+  measures = [
+    x for x in LABELS.values() if any(x == y['labels'] for y in lines)
+  ]
+  header = ['row']
+  for labels in measures:
+    header += [f'{labels} labels', *(f'against {base}' for base in BASELINES)]
+  header += ['seeds', 'updates', 'seconds']
+  text = [header, ['---'] * len(header)]
+  for row, cells in summarise(lines).items():
+    entry = [row.replace('_', ' ')]
+    for labels in measures:
+      cell = cells.get(labels, {})
+      entry.append(_number(cell.get('accuracy')))
+      entry += [_number(cell.get(base), '+') for base in BASELINES]
+    every = [x for x in lines if x['row'] == row]
+    whole = [x for x in every if x['labels'] == 'all']
+    entry.append(str(len({x['seed'] for x in every})))
+    for name in ('updates', 'seconds'):
+      mean = statistics.mean(x[name] for x in whole) if whole else None
+      entry.append('' if mean is None else f'{mean:.0f}')
+    text.append(entry)
+  return '\n'.join(f'| {" | ".join(entry)} |' for entry in text)
+
+
+def _number(triple, sign=''):
+  """'71.3 ± 0.4'; without the deviation where there is one seed."""
+  if triple is None:
+    return ''
+  mean, deviation, _ = triple
+  spread = '' if deviation is None else f' ± {deviation:.1f}'
+  return f'{mean:{sign}.1f}{spread}'
+
+
+if __name__ == '__main__':
+  sys.exit(main())
