@@ -158,6 +158,8 @@ def draw(files, path):
     figures.tradeoff(files, path)
   except ImportError as error:
     print(f'No picture: {error}. Install the extra [demo].')
+  except ValueError as error:  # nothing was timed
+    print(f'No picture: {error}')
 
 
 if __name__ == '__main__':

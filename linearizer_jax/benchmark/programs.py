@@ -180,7 +180,12 @@ def measure(programs, seconds, deadline, limit_gib):
       row['reason'] = f'one call takes {once:.1f} s, more than is left'
       del calls[id(row)]
   timed = [row for row in rows if id(row) in calls]
-  medians = bench.median_times([calls[id(row)] for row in timed], seconds)
+  try:
+    medians = bench.median_times([calls[id(row)] for row in timed], seconds)
+  except REFUSALS as error:  # each fits alone, but not beside the others
+    for row in timed:
+      row['reason'] = first_line(error)
+    return rows
   for row, median in zip(timed, medians, strict=True):
     row['milliseconds'] = median
     row['images_per_second'] = 1e3 * row['batch'] / median
