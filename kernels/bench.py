@@ -13,6 +13,7 @@ adds the exact length of the schedule of every Pallas kernel.
 """
 
 import argparse
+import functools
 import json
 import os
 import tempfile
@@ -69,7 +70,8 @@ def main():
           if row['temporary_mib'] < 1024 * options.max_gib and not options.chip
           else None
         )
-      medians = median_times(programs, inputs, options.seconds)
+      calls = [p and functools.partial(p, *inputs) for p in programs]
+      medians = median_times(calls, options.seconds)
       for row, median in zip(new, medians, strict=True):
         row['milliseconds'] = median
         print(json.dumps(row), flush=True)
@@ -222,23 +224,24 @@ def static_figures(compiled):
   }
 
 
-def median_times(programs, args, seconds):
-  """Milliseconds of each program, run in turns; None for None."""
-  runnable = [p for p in programs if p is not None]
-  times = {id(p): [] for p in runnable}
-  for p in runnable:
-    jax.block_until_ready(p(*args))
+def median_times(calls, seconds):
+  """Milliseconds of each call without arguments, in turns; None for None."""
+  runnable = [call for call in calls if call is not None]
+  times = {id(call): [] for call in runnable}
+  for call in runnable:
+    jax.block_until_ready(call())
   fewest, most = ROUNDS
   start = time.perf_counter()
   for i in range(most):
     if i >= fewest and time.perf_counter() - start > seconds:
       break
-    for p in runnable:
+    for call in runnable:
       before = time.perf_counter()
-      jax.block_until_ready(p(*args))
-      times[id(p)].append(1e3 * (time.perf_counter() - before))
+      jax.block_until_ready(call())
+      times[id(call)].append(1e3 * (time.perf_counter() - before))
   return [
-    None if p is None else float(np.median(times[id(p)])) for p in programs
+    None if call is None else float(np.median(times[id(call)]))
+    for call in calls
   ]
 
 

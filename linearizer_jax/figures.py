@@ -1,4 +1,14 @@
-"""Pictures of a run: loss curves and activation maps."""
+"""Pictures: loss curves, activation maps, speed against resolution.
+
+python -m linearizer_jax.figures maps teacher=DIR:teacher student=DIR \\
+  --images A.png B.png --blocks 2 5 8 11 --queries 5,7 9,3 --out maps.png
+python -m linearizer_jax.figures tradeoff FILE.json --out tradeoff.png
+"""
+
+import argparse
+import json
+import pathlib
+import sys
 
 import jax
 import numpy as np
@@ -39,69 +49,105 @@ def loss_curves(workdir, path):
   canvas.savefig(path, dpi=120)
 
 
-def activation_maps(images, networks, path, *, block=-1, query=None):
+def activation_maps(images, networks, path, *, blocks=(-1,), queries=None):
   """Draws which tokens each network finds similar to one token.
 
-  The paper's Figure 3: a row per image with the image, its query patch marked,
-  and the cosine of the query's feature with every other token's after one
-  block, on one colour scale.
+  The paper's Figure 3: a row per image and query with the image, its query
+  patch marked, and over the image the cosine of the query's feature with every
+  other token's after a block, on one colour scale.
 
   Args:
     images: uint8 (n, H, W, 3).
     networks: {name: (Module, params, (mean, std))}.
-    path: PNG file to write.
-    block: index of the block, negative from the end.
-    query: (row, column) of the query patch in the grid; for each image its
-      brightest patch when None, which lies on the object where the ground is
-      dark.
+    path: file to write; its ending says what kind.
+    blocks: indices of blocks, negative from the end, one column each.
+    queries: [(row, column)] of query patches in the first network's grid; for
+      each image its brightest patch when None, which lies on the object where
+      the ground is dark.
+
+  Raises:
+    ValueError: a query outside the grid, or a block that no network has.
   """
   from matplotlib import figure, patches
 
   maps = {
-    name: similarity(images, *network, block=block)
+    (name, block): values
     for name, network in networks.items()
+    for block, values in similarity(images, *network, blocks=blocks).items()
   }
+  grid = next(iter(maps.values())).shape[1:3]
+  for query in queries or ():
+    if not all(0 <= q < side for q, side in zip(query, grid, strict=True)):
+      raise ValueError(
+        f'query {query} is not in the grid of {grid[0]} rows and {grid[1]} '
+        'columns; both count from 0.'
+      )
+  rows = [
+    (i, query)
+    for i, image in enumerate(images)
+    for query in (queries or [brightest_patch(image, grid)])
+  ]
   columns = 1 + len(maps)
+  height, width = images.shape[1:3]
   canvas = figure.Figure(
-    figsize=(1.7 * columns + 0.8, 1.7 * len(images) + 0.4), layout='constrained'
+    figsize=(1.7 * columns + 0.9, 1.7 * height / width * len(rows) + 0.6),
+    layout='constrained',
   )
-  axes = canvas.subplots(len(images), columns, squeeze=False)
-  for i, image in enumerate(images):
-    for axis in axes[i]:
-      axis.set(xticks=[], yticks=[])
-    axes[i, 0].imshow(image)
-    for axis, (name, values) in zip(axes[i, 1:], maps.items(), strict=True):
-      grid = values.shape[1:3]
-      row, column = query or brightest_patch(image, grid)
+  axes = canvas.subplots(len(rows), columns, squeeze=False)
+  extent = (0, width, height, 0)
+  for line, (i, (row, column)) in zip(axes, rows, strict=True):
+    patch = height / grid[0], width / grid[1]
+    y, x = (row + 0.5) * patch[0], (column + 0.5) * patch[1]
+    grey = images[i].mean(-1)
+    line[0].imshow(images[i], extent=extent)
+    for color, thick in (('black', 3), ('white', 1.2)):
+      corner = x - patch[1] / 2, y - patch[0] / 2
+      line[0].add_patch(
+        patches.Rectangle(
+          corner, *patch[::-1], fill=False, edgecolor=color, linewidth=thick
+        )
+      )
+    for axis, values in zip(line[1:], maps.values(), strict=True):
+      own = values.shape[1:3]  # another patch size has another grid
+      at = int(y / height * own[0]), int(x / width * own[1])
+      axis.imshow(grey, cmap='gray', extent=extent)
       shown = axis.imshow(
-        values[i, row, column], cmap='magma', vmin=-0.2, vmax=1
+        values[i][at],
+        cmap='magma',
+        vmin=-0.2,
+        vmax=1,
+        alpha=0.75,
+        extent=extent,
+        interpolation='nearest',
       )
-      axis.plot(column, row, 'o', color='none', markeredgecolor='white')
-      if i == 0:
-        axis.set_title(name, fontsize=10)
-    side = image.shape[0] / grid[0], image.shape[1] / grid[1]
-    corner = column * side[1] - 0.5, row * side[0] - 0.5
-    axes[i, 0].add_patch(
-      patches.Rectangle(
-        corner, side[1], side[0], fill=False, edgecolor='red', linewidth=1.5
-      )
-    )
+      axis.plot(x, y, 'o', color='white', markersize=5, markeredgecolor='black')
+    for axis in line:
+      axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
   axes[0, 0].set_title('input', fontsize=10)
-  bar = canvas.colorbar(shown, ax=axes, shrink=0.8, pad=0.02)
+  for axis, (name, block) in zip(axes[0, 1:], maps, strict=True):
+    title = name if len(blocks) == 1 else f'{name}\nblock {block}'
+    axis.set_title(title, fontsize=10)
+  bar = canvas.colorbar(shown, ax=axes, shrink=0.8, pad=0.02, aspect=30)
   bar.set_label('cosine with the marked token', fontsize=9)
   canvas.savefig(path, dpi=150)
 
 
-def similarity(images, model, params, stats, *, block=-1):
-  """Cosines of all pairs of patch tokens: (n, h, w, h, w) NumPy."""
+def similarity(images, model, params, stats, *, blocks=(-1,)):
+  """Cosines of all pairs of patch tokens: {block: (n, h, w, h, w) NumPy}."""
+  wrong = [n for n in blocks if not -model.depth <= n < model.depth]
+  if wrong:
+    raise ValueError(f'blocks {wrong} were asked for of {model.depth}.')
   images = inputs.normalize(images, *stats)
   _, out = jax.jit(model.apply)({'params': params}, images)
-  tokens = np.asarray(out[f'block{block % model.depth:02d}'], np.float32)
-  lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
-  tokens = tokens / np.maximum(lengths, 1e-6)
-  cosines = np.einsum('nid,njd->nij', tokens, tokens)
   grid = tuple(side // model.patch_size for side in images.shape[1:3])
-  return cosines.reshape(len(images), *grid, *grid)
+  found = {}
+  for n in [block % model.depth for block in blocks]:
+    tokens = np.asarray(out[f'block{n:02d}'], np.float32)
+    lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
+    tokens = tokens / np.maximum(lengths, 1e-6)
+    cosines = np.einsum('nid,njd->nij', tokens, tokens)
+    found[n] = cosines.reshape(len(images), *grid, *grid)
+  return found
 
 
 def brightest_patch(image, grid):
@@ -112,3 +158,261 @@ def brightest_patch(image, grid):
     rows, height, columns, width, -1
   )
   return np.unravel_index(means.mean((1, 3, 4)).argmax(), grid)
+
+
+# Of Okabe and Ito: told apart with any colour vision, and in grey by the marks.
+STUDENTS = ('#0072B2', '#56B4E9', '#009E73')
+TEACHERS = ('#D55E00', '#E69F00', '#CC79A7')
+MARKS = 'os^'
+
+
+def tradeoff(files, path, *, load='full', accuracy=None):
+  """Draws speed and memory against resolution, and accuracy against speed.
+
+  Args:
+    files: JSON files of `python -m linearizer_jax.benchmark`.
+    path: file to write; its ending says what kind.
+    load: 'full' batches or 'one' image at a time.
+    accuracy: {model: percent}; adds a panel of accuracy against the images/s of
+      inference at the smallest size.
+
+  Raises:
+    ValueError: nothing was timed with this load, or a model of `accuracy` was
+      not.
+  """
+  from matplotlib import figure
+
+  lines = _lines(files, load)
+  batch = 'one image' if load == 'one' else 'full batch'
+  # Beside what was timed there may be programs that were only compiled.
+  directions = list(
+    dict.fromkeys(r['direction'] for rows in lines.values() for r in rows)
+  )
+  has_memory = any(r['memory_gib'] for rows in lines.values() for r in rows)
+  panels = [
+    (direction, field, unit)
+    for direction in directions
+    for field, unit in (
+      ('images_per_second', 'images/s'),
+      ('memory_gib', f'GiB, {batch}'),
+    )
+    if field == 'images_per_second' or has_memory
+  ]
+  columns = 1 + has_memory
+  rows = len(directions) + bool(accuracy)
+  canvas = figure.Figure(
+    figsize=(4.4 * columns, 3.1 * rows + 0.7), layout='constrained'
+  )
+  axes = canvas.subplots(rows, columns, squeeze=False)
+  for axis, panel in zip(axes.ravel(), panels, strict=False):
+    _resolution_panel(axis, lines, *panel)
+  handles, labels = axes[0, 0].get_legend_handles_labels()
+  canvas.legend(
+    handles,
+    labels,
+    loc='outside lower center',
+    ncols=2 if columns > 1 else 1,
+    frameon=False,
+    fontsize=9,
+  )
+  if accuracy:
+    _accuracy_panel(axes[-1, 0], lines, accuracy)
+    for axis in axes[-1, 1:]:
+      axis.set_axis_off()
+  canvas.savefig(path, dpi=150)
+
+
+def _lines(files, load):
+  """{(label, colour, style, mark, model): rows} of files of results."""
+  results = [json.loads(pathlib.Path(file).read_text()) for file in files]
+  lines, seen = {}, {True: [], False: []}
+  for result in results:
+    where = f', {result["framework"]} {result["platform"]}'
+    for row in result['rows']:
+      # A batch that is full with one image was timed once.
+      if row['load'] != load and not (row['batch'] == 1 and load == 'one'):
+        continue
+      student = row['variant'] == 'student'
+      name = row['model'], where
+      if name not in seen[student]:
+        seen[student].append(name)
+      n = seen[student].index(name) % len(MARKS)
+      note = row['variant'].removeprefix('teacher').removeprefix('student')
+      label = row['model'] + note + (where if len(results) > 1 else '')
+      style = ':' if note else '-' if student else '--'
+      color = (STUDENTS if student else TEACHERS)[n]
+      key = label, color, style, MARKS[n], row['model']
+      lines.setdefault(key, []).append(row)
+  if not any(r['images_per_second'] for rows in lines.values() for r in rows):
+    names = ', '.join(map(str, files))
+    raise ValueError(f'{names}: nothing was timed with --load={load}.')
+  return lines
+
+
+def _resolution_panel(axis, lines, direction, field, unit):
+  """One quantity of one direction against the side of the image."""
+  ticks = {}
+  for (label, color, style, mark, _), rows in lines.items():
+    points = sorted(
+      (row['pixels'] ** 0.5, row[field])
+      for row in rows
+      if row['direction'] == direction and row[field]
+    )
+    for row in rows:
+      height, width = row['size'].split('x')
+      name = height if height == width else f'{height} x {width}'
+      ticks[row['pixels'] ** 0.5] = name
+    axis.plot(
+      *(zip(*points, strict=True) if points else ((), ())),
+      color=color,
+      linestyle=style,
+      marker=mark,
+      markersize=5,
+      markerfacecolor='white' if style == ':' else color,
+      label=label,
+    )
+  title = 'inference' if direction == 'inference' else 'training step'
+  axis.set(xscale='log', yscale='log', title=title, ylabel=unit)
+  axis.set_xlabel('image, pixels a side')
+  axis.set_xticks(
+    list(ticks),
+    ticks.values(),
+    rotation=45,
+    ha='right',
+    rotation_mode='anchor',
+    fontsize=8,
+  )
+  axis.set_xticks([], minor=True)
+  plain_numbers(axis.yaxis)
+  axis.grid(alpha=0.3)
+
+
+def _accuracy_panel(axis, lines, accuracy):
+  """Accuracy against images/s of inference at the smallest size."""
+  timed = [
+    (row, key)
+    for key, rows in lines.items()
+    for row in rows
+    if row['direction'] == 'inference' and row['images_per_second']
+  ]
+  smallest = min(row['pixels'] for row, _ in timed)
+  timed = [pair for pair in timed if pair[0]['pixels'] == smallest]
+  missing = set(accuracy) - {row['model'] for row, _ in timed}
+  if missing:
+    raise ValueError(
+      f'--accuracy names {sorted(missing)}, which were not timed at '
+      f'{smallest**0.5:.0f} pixels.'
+    )
+  for row, (label, color, style, mark, model) in timed:
+    if model not in accuracy or style == ':':
+      continue
+    at = row['images_per_second'], accuracy[model]
+    axis.plot(*at, mark, color=color, markersize=8)
+    axis.annotate(
+      label, at, (0, 8), textcoords='offset points', ha='center', fontsize=8
+    )
+  axis.margins(0.45)
+  axis.set(ylabel='accuracy, %', xlabel=f'images/s at {smallest**0.5:.0f} px')
+  axis.grid(alpha=0.3)
+
+
+def plain_numbers(axis):
+  """Labels of a logarithmic axis as 1, 2, 5, 10 instead of powers."""
+  from matplotlib import ticker
+
+  axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
+  axis.set_minor_formatter(ticker.NullFormatter())
+
+
+def main(argv=None):
+  parser = argparse.ArgumentParser(
+    prog='python -m linearizer_jax.figures', description=__doc__.split('\n')[0]
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+  maps = commands.add_parser('maps', help='activation maps of networks')
+  maps.add_argument(
+    'networks',
+    nargs='+',
+    metavar='NAME=SOURCE',
+    help='anything load() takes: a work directory (SOURCE:STAGE for one of its '
+    'stages), an exported folder, weights, the name of a teacher',
+  )
+  maps.add_argument('--images', nargs='+', required=True, help='image files')
+  maps.add_argument(
+    '--blocks', type=int, nargs='+', default=[-1], help='negative from the end'
+  )
+  maps.add_argument(
+    '--queries',
+    type=numbers,
+    nargs='+',
+    metavar='ROW,COLUMN',
+    help='patches of the first network; the brightest one by default',
+  )
+  maps.add_argument(
+    '--size', type=int, help='pixels; the first network decides by default'
+  )
+  maps.add_argument('--out', default='maps.png', help='file to write')
+
+  trade = commands.add_parser('tradeoff', help='speed, memory, resolution')
+  trade.add_argument('files', nargs='+', help='JSON files of the benchmark')
+  trade.add_argument('--load', choices=('full', 'one'), default='full')
+  trade.add_argument(
+    '--accuracy', nargs='+', default=[], metavar='MODEL=PERCENT'
+  )
+  trade.add_argument('--out', default='tradeoff.png', help='file to write')
+  options = parser.parse_args(argv)
+  try:
+    if options.command == 'maps':
+      _maps_of_sources(options)
+    else:
+      pairs = (pair.split('=') for pair in options.accuracy)
+      accuracy = {model: float(value) for model, value in pairs}
+      tradeoff(options.files, options.out, load=options.load, accuracy=accuracy)
+  except (ValueError, OSError, ImportError) as error:
+    return f'{parser.prog} {options.command}: {error}'
+  print(f'Written to {options.out}.')
+
+
+def numbers(text):
+  """'3,4' -> (3, 4)."""
+  row, column = text.split(',')
+  return int(row), int(column)
+
+
+def _maps_of_sources(options):
+  """Loads networks and pictures, and draws their maps."""
+  from PIL import Image
+
+  from linearizer_jax.convert import load
+
+  networks, sizes, crops = {}, [], []
+  for text in options.networks:
+    name, _, source = text.partition('=')
+    if not source:
+      raise ValueError(f'{text!r} is no NAME=SOURCE.')
+    stage = None
+    if not pathlib.Path(source).exists() and ':' in source:
+      source, _, stage = source.rpartition(':')
+    model, variables, preprocess = load.load(source, stage=stage, num_classes=0)
+    stats = preprocess.mean, preprocess.std
+    networks[name] = model, variables['params'], stats
+    sizes.append(preprocess.image_size)
+    crops.append(preprocess.eval_crop)
+  size = (options.size,) * 2 if options.size else sizes[0]
+  neutral = load.Preprocessing(size, (0.0,) * 3, (1 / 255,) * 3, crops[0])
+  pictures = []
+  for file in options.images:
+    with Image.open(file) as picture:
+      pictures.append(neutral(picture)[0].round().astype(np.uint8))
+  activation_maps(
+    np.stack(pictures),
+    networks,
+    options.out,
+    blocks=options.blocks,
+    queries=options.queries,
+  )
+
+
+if __name__ == '__main__':
+  sys.exit(main())

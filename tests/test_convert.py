@@ -335,6 +335,25 @@ def test_onnx(student_run, tmp_path):
     assert session.run(None, {'images': images})[0].shape == (batch, 10)
 
 
+@pytest.mark.slow
+def test_onnx_at_786_tokens(tmp_path):
+  """As many as 448 pixels give: many chunks, and none of them unrolled."""
+  pytest.importorskip('onnxruntime')
+  pytest.importorskip('onnxscript')
+  import onnx
+
+  fields = SMALL | {'depth': 1, 'image_size': 112}
+  model = create_model('adventurer_tiny_patch16', **fields)
+  file = write(
+    tmp_path / 'in', model, random_params(model), state_dim=SMALL['state_dim']
+  )
+  differences = export.export(file, tmp_path / 'out', onnx=True)
+  assert differences[export.ONNX] <= 1e-4
+  nodes = onnx.load(tmp_path / 'out' / export.ONNX).graph.node
+  # 12 chunks; a loop over them took 500 nodes a block.
+  assert len(nodes) < 300, len(nodes)
+
+
 # ------------------------------------------------------------------------- load
 
 

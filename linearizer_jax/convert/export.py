@@ -300,6 +300,7 @@ def _write_onnx(folder, loaded):
     dynamic_shapes={'images': {0: torch.export.Dim('batch')}},
     dynamo=True,
     external_data=False,
+    optimize=False,  # a third of the time, and the runtime does it anyway
     verbose=False,
   )
   session = onnxruntime.InferenceSession(

@@ -1,0 +1,1 @@
+"""Student against teacher over resolutions: speed, memory, arithmetic."""

@@ -1,0 +1,166 @@
+"""Times student and teacher over resolutions.
+
+python -m linearizer_jax.benchmark --out=FILE.json
+python -m linearizer_jax.benchmark --torch --out=FILE.json
+python -m linearizer_jax.benchmark --table=FILE.json
+"""
+
+import argparse
+import json
+import logging
+import pathlib
+import shlex
+import sys
+
+DOCS = pathlib.Path('docs/benchmarks.md')
+# platform -> what suits it
+MODELS = {
+  'cpu': (
+    'adventurer_tiny_patch16',
+    'vit_tiny_patch16',
+    'adventurer_small_patch16',
+    'vit_small_patch16',
+  ),
+  'accelerator': ('adventurer_base_patch16', 'vit_base_patch16'),
+}
+SIZES = {
+  'cpu': '224,448,512,1024',
+  'accelerator': '224,448,512,1024,1024x2048,2048',
+  'torch': '224,1024',
+}
+
+
+def main(argv=None):
+  argv = sys.argv[1:] if argv is None else argv
+  parser = make_parser()
+  options = parser.parse_args(argv)
+  logging.basicConfig(level=logging.WARNING, format='%(message)s')
+  logging.getLogger('linearizer_jax').setLevel(logging.INFO)
+  try:
+    if options.table:
+      return write_section(options.table, options.docs)
+    results = (measure_torch if options.torch else measure)(options)
+  except (ValueError, ImportError, OSError) as error:
+    return f'{parser.prog}: {error}'
+  results['command'] = shlex.join([*parser.prog.split(), *argv])
+  if options.out:
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=2) + '\n')
+    draw([options.out], options.out.with_suffix('.png'))
+  from linearizer_jax.benchmark import summary
+
+  print(summary.markdown(results))
+
+
+def make_parser():
+  parser = argparse.ArgumentParser(
+    prog='python -m linearizer_jax.benchmark',
+    description=__doc__.split('\n')[0],
+  )
+  parser.add_argument(
+    '--models',
+    type=lambda text: text.split(','),
+    help='names with commas; the n-th student is compared with the n-th ViT',
+  )
+  parser.add_argument('--sizes', help='pixels: 224 or height x width, 512x1024')
+  parser.add_argument('--out', type=pathlib.Path, help='a JSON file to write')
+  parser.add_argument(
+    '--seconds', type=float, default=420, help='for all of it (default 420)'
+  )
+  parser.add_argument('--tokens', type=int, help='patch tokens of a full batch')
+  parser.add_argument(
+    '--dtype',
+    choices=('float32', 'bfloat16'),
+    help='float32 on a CPU, else bfloat16',
+  )
+  parser.add_argument(
+    '--max_gib', type=float, help='programs that need more are not run'
+  )
+  parser.add_argument(
+    '--torch',
+    action='store_true',
+    help='the exported student against a ViT in PyTorch, on the CPU',
+  )
+  parser.add_argument(
+    '--table',
+    type=pathlib.Path,
+    help='rewrite the section of the docs from this file; nothing is measured',
+  )
+  parser.add_argument('--docs', type=pathlib.Path, default=DOCS)
+  return parser
+
+
+def parse_sizes(text):
+  """'224,512x1024' -> [(224, 224), (512, 1024)]."""
+  sizes = []
+  for part in text.split(','):
+    sides = part.lower().split('x')
+    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+      raise ValueError(
+        f'--sizes has {part!r}; expected pixels such as 224 or 512x1024.'
+      )
+    sizes.append((int(sides[0]), int(sides[-1])))
+  return sizes
+
+
+def measure(options):
+  """Results of the JAX models on the first device."""
+  import jax
+
+  from linearizer_jax.benchmark import run
+
+  device = jax.devices()[0]
+  kind = 'cpu' if device.platform == 'cpu' else 'accelerator'
+  dtype = options.dtype or ('float32' if kind == 'cpu' else 'bfloat16')
+  rows = run.run(
+    options.models or MODELS[kind],
+    parse_sizes(options.sizes or SIZES[kind]),
+    device=device,
+    dtype=dtype,
+    seconds=options.seconds,
+    tokens=options.tokens,
+    max_gib=options.max_gib,
+  )
+  settings = {'dtype': dtype, 'seconds': options.seconds}
+  return run.about(device, **settings) | {'rows': rows}
+
+
+def measure_torch(options):
+  """Results of the exported student and a plain ViT in PyTorch."""
+  from linearizer_jax.benchmark import torch_cpu
+
+  return torch_cpu.run(
+    options.models or MODELS['accelerator'],
+    parse_sizes(options.sizes or SIZES['torch']),
+    seconds=options.seconds,
+  )
+
+
+def write_section(path, docs):
+  """Puts the table of a file of results on its page."""
+  from linearizer_jax.benchmark import summary
+  from linearizer_jax.kernels import sections
+
+  results = json.loads(path.read_text(encoding='utf-8'))
+  title = f'Student against teacher, {results["framework"]} on '
+  title += results['platform'].upper()
+  text = f'## {title}\n\n{summary.markdown(results)}'
+  name = f'benchmark {results["framework"]} {results["platform"]}'
+  sections.rewrite(docs, name, text)
+  print(f'Section {name!r} of {docs} is written.')
+
+
+def draw(files, path):
+  """The picture beside the results, where matplotlib is installed."""
+  from linearizer_jax import figures
+
+  try:
+    figures.tradeoff(files, path)
+  except ImportError as error:
+    print(f'No picture: {error}. Install the extra [demo].')
+  except ValueError as error:  # nothing was timed
+    print(f'No picture: {error}')
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,210 @@
+"""The benchmark on small networks, its tables, its pictures."""
+
+import functools
+import json
+import math
+import time
+
+import jax
+import pytest
+
+from linearizer_jax import models
+from linearizer_jax.benchmark import (
+  __main__,
+  flops,
+  programs,
+  run,
+  summary,
+)
+from linearizer_jax.kernels import sections
+
+STUDENT, TEACHER = 'adventurer_base_patch16', 'vit_base_patch16'
+SMALL = {
+  'adventurer_tiny_patch16': dict(width=64, depth=1, head_dim=16),
+  'vit_tiny_patch16': dict(width=48, depth=1, num_heads=3),
+}
+
+
+def row(model, variant, side, speed, **more):
+  """A row as `programs.measure` gives it."""
+  known = programs.Case(
+    model, variant, None, (side, side), 2, 'full', 'inference', 'float32'
+  ).row()
+  figures = {
+    'milliseconds': speed and 2e3 / speed,
+    'images_per_second': speed,
+    'memory_gib': 1.5,
+    'xla_gflop_per_image': 1.0,
+    'device_peak_gib': None,
+    'reason': None if speed else 'does not fit: 9.0 GiB of 4.0 GiB',
+  }
+  return known | figures | more
+
+
+@pytest.fixture
+def results():
+  """Results of three sizes; the teacher falls behind between two of them."""
+  rows = []
+  for side, own, other in ((224, 50, 100), (448, 20, 10), (896, 4, None)):
+    rows.append(row(STUDENT, 'student', side, own))
+    rows.append(row(TEACHER, 'teacher', side, other))
+  return {
+    'framework': 'jax',
+    'device': 'Thing 1',
+    'platform': 'gpu',
+    'cores': 4,
+    'jax': '0.0',
+    'dtype': 'float32',
+    'command': 'python -m linearizer_jax.benchmark',
+    'rows': rows,
+  }
+
+
+@pytest.mark.parametrize(
+  ('size', 'expected'),
+  [
+    ((224, 224), 0.86),
+    ((448, 448), 0.97),
+    ((512, 512), 1.01),
+    ((1024, 1024), 1.56),
+    ((1024, 2048), 2.29),
+    ((2048, 2048), 3.76),
+  ],
+)
+def test_flop_ratios(size, expected):
+  """Counted once by hand, to one percent."""
+  student, teacher = models.create_model(STUDENT), models.create_model(TEACHER)
+  ratio = flops.forward(teacher, size) / flops.forward(student, size)
+  assert ratio == pytest.approx(expected, rel=0.012)
+
+
+def test_flops_of_a_vit_are_those_published():
+  """17.6 GFLOP of multiply-adds at 224 pixels, the number of ViT-B/16."""
+  teacher = models.create_model(TEACHER, num_classes=1000)
+  assert flops.forward(teacher, (224, 224)) / 2e9 == pytest.approx(17.6, 0.01)
+
+
+def test_speedup_share_and_crossover(results):
+  pairs = summary.comparisons(results['rows'])
+  assert [p['speedup'] for p in pairs] == [0.5, 2.0, None]
+  for pair in pairs[:2]:
+    assert pair['share'] * pair['flop_ratio'] == pytest.approx(pair['speedup'])
+    assert pair['memory_ratio'] == 1
+  # 0.5 and 2 on a logarithmic scale: 1 lies half way between the sides.
+  assert summary.crossover(pairs) == pytest.approx(224 * math.sqrt(2))
+  assert summary.crossover(pairs[:1]) == math.inf
+  assert summary.crossover(pairs[1:]) == 0.0
+  assert summary.crossover(pairs[2:]) is None
+
+
+def test_the_page_holds_what_the_file_holds(results, tmp_path, capsys):
+  file, page = tmp_path / 'out.json', tmp_path / 'page.md'
+  file.write_text(json.dumps(results))
+  page.write_text('# Before\n')
+  for _ in range(2):  # the second time replaces
+    assert not __main__.main([f'--table={file}', f'--docs={page}'])
+  text = page.read_text()
+  assert text.startswith('# Before\n')
+  assert text.count('<!-- begin benchmark jax gpu -->') == 1
+  assert '| 448 x 448 | adventurer_base_patch16 | vit_base_patch16 | 2 ' in text
+  assert 'from 317 pixels a side on (interpolated)' in text
+  assert 'does not fit: 9.0 GiB of 4.0 GiB' in text
+  sections.rewrite(page, 'benchmark jax gpu', 'other')
+  assert '448' not in page.read_text()
+  page.write_text('<!-- begin a -->\n')
+  with pytest.raises(ValueError, match='1 of <!-- begin a --> and 0 of'):
+    sections.rewrite(page, 'a', 'text')
+
+
+def test_teachers_get_their_fastest_attention():
+  found = run.variants([STUDENT, TEACHER], 'gpu', 'bfloat16')
+  assert found == [
+    (STUDENT, 'student', None),
+    (TEACHER, 'teacher', 'cudnn'),
+    (TEACHER, run.NAIVE, 'xla'),
+  ]
+  assert run.variants([TEACHER], 'cpu', 'float32') == [
+    (TEACHER, 'teacher', 'xla')
+  ]
+  with pytest.raises(ValueError, match="no model 'nothing'"):
+    run.variants(['nothing'], 'cpu', 'float32')
+
+
+@pytest.fixture
+def small(monkeypatch):
+  """The tiny models made small enough to compile in a moment."""
+  create = models.create_model
+
+  def create_small(name, **fields):
+    return create(name, **SMALL[name] | fields)
+
+  monkeypatch.setattr(models, 'create_model', create_small)
+
+
+def test_what_runs_and_what_does_not(small):
+  device = jax.devices()[0]
+  measure = functools.partial(
+    run.run, list(SMALL), [(32, 48)], device=device, dtype='float32', tokens=6
+  )
+  rows = measure(seconds=1e5)  # no busy machine spends it
+  # A full batch is one image here: no case is there twice.
+  assert [(r['direction'], r['variant']) for r in rows] == [
+    ('inference', 'student'),
+    ('inference', 'teacher'),
+    ('training', 'student'),
+    ('training', 'teacher'),
+  ]
+  for r in rows:
+    assert r['reason'] is None
+    assert r['images_per_second'] == pytest.approx(1e3 / r['milliseconds'])
+    assert r['memory_gib'] > 0
+    # XLA counts what this file counts, and the rest besides.
+    assert r['xla_gflop_per_image'] > 0.6 * r['gflop_per_image']
+  assert all('seconds is spent' in r['reason'] for r in measure(seconds=0))
+  with pytest.raises(ValueError, match='30 x 30 pixels cannot be cut'):
+    run.run(['vit_tiny_patch16'], [(30, 30)], device=device,
+            dtype='float32', seconds=0)  # fmt: skip
+
+  case = programs.Case(
+    'vit_tiny_patch16', 'teacher', None, (32, 32), 1, 'one', 'inference',
+    'float32',
+  )  # fmt: skip
+  program = programs.Program(case, device)
+  late = time.monotonic() + 1e5
+  (refused,) = programs.measure({case: program}, 0, late, limit_gib=1e-9)
+  assert refused['reason'].startswith('does not fit')
+  assert refused['memory_gib'] > 0
+
+  def fail():
+    raise RuntimeError('RESOURCE_EXHAUSTED: out of memory\nmore')
+
+  program.start = fail
+  (failed,) = programs.measure({case: program}, 0, late, limit_gib=1)
+  assert failed['reason'].endswith('RESOURCE_EXHAUSTED: out of memory')
+
+
+def test_torch_student_against_a_plain_vit(tmp_path):
+  torch = pytest.importorskip('torch')
+  from linearizer_jax.benchmark import torch_cpu
+
+  module = models.create_model('vit_tiny_patch16', num_classes=1000)
+  network = torch_cpu.as_torch(module, (224, 224))
+  # As timm's vit_tiny_patch16_224.
+  assert sum(p.numel() for p in network.parameters()) == 5_717_416
+  out = tmp_path / 'torch.json'
+  assert not __main__.main(
+    ['--torch', '--sizes=32', '--seconds=0', f'--out={out}',
+     f'--models={",".join(SMALL)}']
+  )  # fmt: skip
+  found = json.loads(out.read_text())
+  assert found['torch'] == torch.__version__
+  assert [(r['model'], r['batch']) for r in found['rows']] == [
+    (model, batch) for batch in (1, 8) for model in SMALL
+  ]
+  assert all(r['images_per_second'] > 0 for r in found['rows'])
+  assert out.with_suffix('.png').stat().st_size > 10_000
+
+
+def test_wrong_arguments(capsys):
+  assert '512x' in __main__.main(['--sizes=512x'])
+  assert 'no such file' in __main__.main(['--table=/none.json']).lower()

@@ -1,0 +1,94 @@
+"""Activation maps and the trade-off of speed and resolution, as pictures."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_benchmark import results  # noqa: F401 (a fixture)
+
+from linearizer_jax import figures, models
+from linearizer_jax.convert import load
+from linearizer_jax.models.teachers import IMAGENET
+
+
+@pytest.fixture(scope='module')
+def networks():
+  """Two small networks whose patches differ in size."""
+  sizes = {'vit_tiny_patch16': 8, 'adventurer_tiny_patch16': 16}
+  small = {
+    'vit_tiny_patch16': dict(width=48, num_heads=3),
+    'adventurer_tiny_patch16': dict(width=64, head_dim=16),
+  }
+  found = {}
+  for name, patch in sizes.items():
+    model = models.create_model(
+      name, depth=2, patch_size=patch, image_size=32, num_classes=0,
+      **small[name],
+    )  # fmt: skip
+    images = np.zeros((1, 32, 32, 3), np.float32)
+    params = jax.jit(model.init)(jax.random.key(0), images)['params']
+    found[name.split('_')[0]] = model, params, IMAGENET
+  return found
+
+
+def pictures(n=2):
+  random = np.random.default_rng(0)
+  return random.integers(0, 256, (n, 32, 48, 3), np.uint8)
+
+
+def test_similarity_is_the_cosine_of_features(networks):
+  model, params, stats = networks['vit']
+  images = pictures(1)
+  found = figures.similarity(images, model, params, stats, blocks=(0, -1))
+  assert list(found) == [0, 1]
+  assert found[1].shape == (1, 4, 6, 4, 6)
+  mean, std = np.float32(stats[0]), np.float32(stats[1])
+  maps = models.features(
+    model, {'params': params}, (images / np.float32(255) - mean) / std
+  )
+  a, b = maps['block01'][0, 2, 5], maps['block01'][0, 0, 1]
+  cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+  assert found[1][0, 2, 5, 0, 1] == pytest.approx(float(cosine), abs=1e-5)
+  with pytest.raises(ValueError, match=r'blocks \[2\] .* of 2'):
+    figures.similarity(images, model, params, stats, blocks=(2,))
+
+
+def test_maps_of_stages_and_queries(networks, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(load, 'load', lambda source, **_: load.Loaded(
+    networks[source][0],
+    {'params': networks[source][1]},
+    load.Preprocessing((32, 48)),
+  ))  # fmt: skip
+  files = []
+  for n, picture in enumerate(pictures()):
+    files.append(str(tmp_path / f'{n}.png'))
+    Image.fromarray(picture).save(files[-1])
+  out = tmp_path / 'maps.png'
+  arguments = ['maps', 'a=vit', 'b=adventurer', '--images', *files]
+  arguments += ['--blocks', '0', '-1', '--queries', '1,5', '3,0']
+  assert not figures.main([*arguments, f'--out={out}'])
+  with Image.open(out) as drawn:
+    # Four rows of five columns.
+    assert drawn.width > 5 * 150
+    assert drawn.height > 4 * 150
+  arguments[-1] = '4,0'
+  assert 'query (4, 0) is not in the grid of 4 rows' in figures.main(arguments)
+  assert 'no NAME=SOURCE' in figures.main(['maps', 'x', '--images', files[0]])
+
+
+def test_tradeoff(results, tmp_path, capsys):  # noqa: F811 (the fixture)
+  file, out = tmp_path / 'a.json', tmp_path / 'trade.png'
+  file.write_text(json.dumps(results))
+  names = ('adventurer_base_patch16', 'vit_base_patch16')
+  accuracy = [f'{name}={value}' for name, value in zip(names, (84.3, 84.7))]  # noqa: B905
+  arguments = ['tradeoff', str(file), f'--out={out}']
+  assert not figures.main([*arguments, '--accuracy', *accuracy])
+  with Image.open(out) as drawn:
+    assert drawn.width > 1000  # speed and memory side by side
+  text = figures.main([*arguments, '--accuracy', 'other=1'])
+  assert "--accuracy names ['other']" in text
+  assert 'nothing was timed with --load=one' in figures.main(
+    [*arguments, '--load', 'one']
+  )
