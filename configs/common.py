@@ -159,6 +159,9 @@ def data():
       randaugment_std=0.5,
       shuffle=True,
       eval_crop=0.875,
+      decoder='pillow',  # or 'simd', of the extra [simd]
+      max_broken=0,  # images that cannot be decoded, before a run stops
+      timeout_seconds=600.0,  # without a batch, before a run stops; 0: never
       num_workers=8,
       num_threads=1,
     )
