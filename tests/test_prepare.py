@@ -127,10 +127,10 @@ def test_a_small_disk_and_missing_archives_are_refused(
   assert f'There is no {tars / prepare.VAL}' in capsys.readouterr().err
 
 
-def test_a_labels_that_do_not_fit_are_refused(tars, tmp_path):
+def test_labels_that_do_not_fit_are_refused(tars, tmp_path):
   with tarfile.open(tars / prepare.VAL, 'w') as tar:
     add(tar, 'ILSVRC2012_val_00000000.JPEG', jpeg(1))
-  with pytest.raises(ValueError, match='holds 1 images.* labels 4'):
+  with pytest.raises(ValueError, match=r'holds 1 images.* labels 4'):
     prepare.prepare_imagenet(tars, tmp_path / 'out', ('val',), {})
 
 
@@ -220,5 +220,5 @@ def test_flat_evaluation_split(folder, paired):
   np.testing.assert_array_equal(found.labels(), [0, 0, 1, 1])
   assert found[2]['image'] == jpeg(100)
   (folder / 'val_labels.txt').write_text('\n'.join(lines[:3]))
-  with pytest.raises(ValueError, match='has 3 lines, .* 4 images'):
+  with pytest.raises(ValueError, match=r'has 3 lines, .* 4 images'):
     names(folder, 'val')
