@@ -57,7 +57,7 @@ class DataConfig:
   # Evaluation: the central share (per side) of the image.
   eval_crop: float = 0.875
 
-  # 'pillow', or 'simd': training crops in half the time, by the libraries of
+  # 'pillow', or 'simd': training crops by faster code, the libraries of
   # the extra [simd]. Evaluation decodes with Pillow, at full size, always.
   decoder: str = 'pillow'
 
