@@ -128,7 +128,7 @@ def test_a_stalled_loader_stops_the_run(folder):
   lines = []
   for line in process.stderr:
     lines.append(line)
-    if 'TimeoutError' in line:
+    if line.startswith('TimeoutError'):
       break
   with contextlib.suppress(OSError):  # lets a thread go that still reads
     os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
@@ -203,7 +203,8 @@ def test_bench_measures_each_loader(folder, tmp_path):
   results = bench.compare(data, ['pillow'], 4, 0, images=80, rounds=2)
   assert results['pillow']['images_per_second'] > 1
   assert 0 < results['pillow']['cpu_ms'] < 1000
-  assert results['pillow']['memory_mb'] == (0, 0)  # no worker processes
+  first, top = results['pillow']['memory_mb']
+  assert 0 <= first <= top < 50  # no workers; others may have helpers running
 
 
 def test_verdict():
