@@ -1,6 +1,7 @@
 """Faults of the data: broken images are counted, a stalled loader is named."""
 
 import logging
+import multiprocessing
 import queue
 import threading
 
@@ -93,6 +94,10 @@ class Guard:
     try:
       done, result = results.get(timeout=seconds)
     except queue.Empty:
+      # Workers that hang in a read would hold up closing the loader and the
+      # end of this process. The run is over: all of its workers may go.
+      for worker in multiprocessing.active_children():
+        worker.kill()
       names = self._names(step)
       shown = ', '.join(names[:_NAMES_SHOWN])
       raise TimeoutError(
