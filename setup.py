@@ -13,6 +13,9 @@ VERSION = re.search(
 # jax 0.10.2 is the newest for Python 3.11; 3.12 and later take 0.11.
 JAX = '>=0.10.2,<0.12'
 
+# Faster training crops (data.decoder='simd'); the second has no wheel for Linux
+# on ARM, where pip compiles it, which needs Rust.
+SIMD = ['simplejpeg>=1.8', 'cykooz-resizer>=4.0']
 DEMO = ['matplotlib>=3.8', 'scikit-learn>=1.4']
 
 setup(
@@ -60,6 +63,9 @@ setup(
       'onnxscript>=0.2',
     ],
     'demo': DEMO,
-    'test': DEMO + ['pytest>=8', 'pytest-xdist>=3.6', 'ruff==0.17.6'],
+    'simd': SIMD,
+    'test': DEMO
+    + [f'{name}; platform_machine != "aarch64"' for name in SIMD]
+    + ['pytest>=8', 'pytest-xdist>=3.6', 'ruff==0.17.6'],
   },
 )

@@ -196,6 +196,9 @@ def data():
       category_max_ratio=0.75,
       eval_window=pair(0),  # side or (height, width); 0: the whole image
       eval_stride=pair(0),
+      decoder='pillow',  # or 'simd', of the extra [simd]
+      max_broken=0,  # images that cannot be decoded, before a run stops
+      timeout_seconds=600.0,  # without a batch, before a run stops; 0: never
       num_workers=8,
       num_threads=1,
     )

@@ -28,6 +28,8 @@ FREE_TO_CHANGE = (
   'checkpoint.',
   'data.num_workers',
   'data.num_threads',
+  'data.max_broken',
+  'data.timeout_seconds',
   'data.data_dir',
   'parallel.fsdp',
   'report.',

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
 
-from linearizer_jax.data import datasets, pipeline, transforms
+from linearizer_jax.data import datasets, pipeline, prepare, transforms
 
 # One class per example, so that a label tells which example it is.
 GENERATED = {
@@ -206,6 +206,7 @@ EXPECTED = {
   'imagenet2012': (1281167, 1000),
   'imagenette': (9469, 10),
   'folder': (7, 2),
+  'records': (7, 2),
   'digits': (1438, 10),
   'generated': (256, 10),
 }
@@ -217,6 +218,9 @@ EXPECTED = {
 def test_every_row(name, folder, tmp_path):
   row = datasets.DATASETS[name]
   config = folder if name == 'folder' else {'name': name, 'image_size': 16}
+  if name == 'records':
+    prepare.prepare_folder(folder['data_dir'], tmp_path / 'shards')
+    config['data_dir'] = str(tmp_path / 'shards')
   assert pipeline.num_train_examples(config) == EXPECTED[name][0]
   assert pipeline.num_classes(config) == EXPECTED[name][1]
   if row.tfds_name:

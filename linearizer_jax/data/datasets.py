@@ -5,7 +5,8 @@ an image) and `source[i]`, a dict of
 
     image   encoded JPEG or PNG bytes, or uint8 (h, w, 3)
     label   int in [0, num_classes)
-    name    where the image comes from, for error messages
+    name    where the image comes from, for error messages; `name(i)` gives it
+            without reading the image
 """
 
 import dataclasses
@@ -17,48 +18,39 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from linearizer_jax.data import dense, transforms
+from linearizer_jax.data import dense, listing, records, transforms
 
-_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png')
 # A fifth of the digits, drawn once and for all: no seed of a run changes it.
 _DIGITS_TEST_SHARE = 0.2
 _DIGITS_SPLIT_SEED = 0
 
 
 class Folder:
-  """JPEG and PNG files in `root/split/class/`; classes in sorted order."""
+  """Image files of a folder, `paths` in it, `labels` int64."""
 
-  def __init__(self, root, split, classes):
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-      files = sorted(
-        path.name
-        for path in (root / split / name).iterdir()
-        if path.suffix.lower() in _IMAGE_SUFFIXES and path.name[0] != '.'
-      )
-      if not files:
-        raise ValueError(
-          f'Class folder {root / split / name} holds no file that ends in '
-          f'{", ".join(_IMAGE_SUFFIXES)}. Put images of this class there, or '
-          'remove the folder from both splits.'
-        )
-      paths += [os.fsencode(f'{name}/{file}') for file in files]
-      labels += [label] * len(files)
+  def __init__(self, root, paths, labels, num_classes):
     # Arrays, because a million strings are slow to send to every worker.
-    self._root, self._paths = root / split, np.asarray(paths)
-    self._labels = np.asarray(labels, np.int64)
-    self.num_classes = len(classes)
+    self.root, self._paths, self._labels = root, paths, labels
+    self.num_classes = num_classes
 
   def __len__(self):
     return len(self._paths)
 
+  def name(self, index):
+    return str(self.root / os.fsdecode(self._paths[index]))
+
   def __getitem__(self, index):
-    path = self._root / os.fsdecode(self._paths[index])
-    return {
-      'image': path.read_bytes(),
-      'label': int(self._labels[index]),
-      'name': str(path),
-    }
+    path = self.name(index)
+    try:
+      with open(path, 'rb') as file:
+        image = file.read()
+    except OSError as error:
+      raise ValueError(
+        f'Cannot read the image {path} ({error}): it was there when the run '
+        'started. Bring it back, or start again without it (which changes the '
+        'order of the examples); checkpoints written so far are kept.'
+      ) from error
+    return {'image': image, 'label': int(self._labels[index]), 'name': path}
 
   def labels(self):
     return self._labels
@@ -78,8 +70,11 @@ class Memory:
     return {
       'image': self._images[index],
       'label': int(self._labels[index]),
-      'name': f'{self._name}[{index}]',
+      'name': self.name(index),
     }
+
+  def name(self, index):
+    return f'{self._name}[{index}]'
 
   def labels(self):
     return np.asarray(self._labels, np.int64)
@@ -108,8 +103,11 @@ class Generated:
     return {
       'image': image.astype(np.uint8),
       'label': index % self.num_classes,
-      'name': f'generated[{index}]',
+      'name': self.name(index),
     }
+
+  def name(self, index):
+    return f'generated[{index}]'
 
   def labels(self):
     return np.arange(self._count) % self.num_classes
@@ -147,13 +145,16 @@ class Tfds:
 
   def __getitem__(self, index):
     record = self._records[index]
-    name, split, _ = self._arguments
     file = os.fsdecode(record.get('file_name', ''))
     return {
       'image': record['image'],
       'label': int(record['label']),
-      'name': f'{name} {split}[{index}] {file}'.strip(),
+      'name': f'{self.name(index)} {file}'.strip(),
     }
+
+  def name(self, index):
+    name, split, _ = self._arguments
+    return f'{name} {split}[{index}]'
 
   def __reduce__(self):
     # A worker opens the files itself instead of receiving TFDS' builder.
@@ -176,6 +177,9 @@ class Subset:
 
   def __getitem__(self, index):
     return self._source[int(self._indices[index])]
+
+  def name(self, index):
+    return self._source.name(int(self._indices[index]))
 
   def labels(self):
     return self._source.labels()[self._indices]
@@ -206,6 +210,9 @@ class Cached:
   def __reduce__(self):
     return Cached, (self._source, self._pixels)
 
+  def name(self, index):
+    return self._source.name(index)
+
   def labels(self):
     return self._source.labels()
 
@@ -226,25 +233,28 @@ def labels_per_class(source, count, seed):
   return Subset(source, np.sort(np.concatenate(kept)))
 
 
-def _folder_classes(config):
-  """Class names of an image folder; both splits must have the same ones."""
+def folder_classes(data_dir, splits):
+  """Class names of an image folder; its two splits must have the same ones."""
+  train, evaluation = splits
   layout = (
-    f'expected <data_dir>/{config.train_split}/<class>/*.jpg and '
-    f'<data_dir>/{config.eval_split}/<class>/*.jpg; set the config fields '
-    'data.data_dir, data.train_split and data.eval_split.'
+    f'expected <data_dir>/{train}/<class>/*.jpg and <data_dir>/{evaluation}/'
+    '<class>/*.jpg, or a flat folder of images and its '
+    f'<data_dir>/{evaluation}_labels.txt; set the config fields data.data_dir, '
+    'data.train_split and data.eval_split.'
   )
-  if not config.data_dir:
+  if not data_dir:
     raise ValueError(f'data.data_dir is empty: {layout}')
   classes = []
-  for split in (config.train_split, config.eval_split):
-    folder = pathlib.Path(config.data_dir).expanduser() / split
+  for split in splits:
+    root = pathlib.Path(data_dir).expanduser()
+    folder = root / split
     if not folder.is_dir():
       raise ValueError(f'There is no folder {folder}: {layout}')
-    names = {
-      path.name
-      for path in folder.iterdir()
-      if path.is_dir() and path.name[0] != '.'
-    }
+    if _labels_file(root, split).is_file():
+      names = set(_flat_labels(root, split).values())
+    else:
+      with os.scandir(folder) as entries:
+        names = {e.name for e in entries if e.name[0] != '.' and e.is_dir()}
     if not names:
       raise ValueError(f'{folder} has no class folders: {layout}')
     classes.append(names)
@@ -252,17 +262,70 @@ def _folder_classes(config):
   only_eval = sorted(classes[1] - classes[0])
   if only_train or only_eval:
     raise ValueError(
-      f'Class folders differ in {config.data_dir}: only in '
-      f'{config.train_split}: {only_train}; only in {config.eval_split}: '
-      f'{only_eval}. Labels are places in the sorted list of class folders, so '
-      'both splits need the same ones.'
+      f'Class folders differ in {data_dir}: only in {train}: {only_train}; '
+      f'only in {evaluation}: {only_eval}. Labels are places in the sorted '
+      'list of class folders, so both splits need the same ones.'
     )
   return sorted(classes[0])
 
 
+def _labels_file(root, split):
+  return root / f'{split}_labels.txt'
+
+
+def _flat_labels(root, split):
+  """{file: class} of a flat folder, from lines 'class' or 'file class'."""
+  path, files = _labels_file(root, split), listing.image_names(root / split)
+  lines = [line.split() for line in path.read_text().splitlines() if line]
+  if all(len(line) == 1 for line in lines) and len(lines) == len(files):
+    return {file: name for file, (name,) in zip(files, lines, strict=True)}
+  named = dict(line for line in lines if len(line) == 2)
+  if sorted(named) != files:
+    raise ValueError(
+      f'{path} has {len(lines)} lines, {root / split} {len(files)} images. '
+      'Expected the class of each image in the order of their names, one a '
+      "line, or lines 'file class'."
+    )
+  return {file: named[file] for file in files}
+
+
+def open_folder(data_dir, splits, split):
+  """Images in `data_dir/split/class/`, classes in sorted order; or flat.
+
+  Args:
+    data_dir: folder.
+    splits: (training, evaluation), which must have the same classes.
+    split: one of them, or another of the same classes.
+
+  Returns:
+    `Folder`.
+  """
+  root = pathlib.Path(data_dir or '').expanduser()
+  classes = folder_classes(data_dir, splits)
+  if _labels_file(root, split).is_file():
+    label_of = {name: label for label, name in enumerate(classes)}
+    flat = _flat_labels(root, split)
+    paths = np.asarray([os.fsencode(file) for file in flat])
+    labels = np.asarray([label_of[name] for name in flat.values()], np.int64)
+    return Folder(root / split, paths, labels, len(classes))
+  paths, counts = listing.list_images(root, split, classes)
+  if not counts.all():
+    raise ValueError(
+      f'Class folder {root / split / classes[np.argmin(counts)]} holds no file '
+      f'that ends in {", ".join(listing.IMAGE_SUFFIXES)}. Put images of this '
+      'class there, or remove the folder from both splits.'
+    )
+  labels = np.repeat(np.arange(len(classes)), counts)
+  return Folder(root / split, paths, labels, len(classes))
+
+
 def _folder(row, config, split):
-  root = pathlib.Path(config.data_dir or '').expanduser()
-  return Folder(root, split, _folder_classes(config))
+  splits = config.train_split, config.eval_split
+  return open_folder(config.data_dir, splits, split)
+
+
+def _records(row, config, split):
+  return records.Records(config.data_dir or '', split)
 
 
 def _tfds(row, config, split):
@@ -332,6 +395,7 @@ DATASETS = {
     _tfds, 'train', 'validation', 10, 9469, 'imagenette/full-size-v2'
   ),
   'folder': Dataset(_folder, 'train', 'val', load_dense=dense.folder),
+  'records': Dataset(_records, 'train', 'val'),  # of data/prepare.py
   'digits': Dataset(_digits, 'train', 'test', 10, 1438),
   'generated': Dataset(
     _generated, 'train', 'test', load_dense=_generated_dense

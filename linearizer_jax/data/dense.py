@@ -56,6 +56,9 @@ class Pairs:
   def size(self, index):
     return transforms.image_size(self._files(index)[0])
 
+  def name(self, index):
+    return str(self._files(index)[0])
+
   def __getitem__(self, index):
     path, label_path = self._files(index)
     label, size = self._read_label(label_path), self.size(index)
@@ -100,6 +103,9 @@ class GeneratedPairs:
     del index
     return self._size
 
+  def name(self, index):
+    return f'generated[{index}]'
+
   def __getitem__(self, index):
     rng = np.random.default_rng(self._offset + index)
     height, width = self._size
@@ -116,7 +122,7 @@ class GeneratedPairs:
     return {
       'image': np.clip(image, 0, 255).astype(np.uint8),
       'label': label,
-      'name': f'generated[{index}]',
+      'name': self.name(index),
     }
 
 
@@ -367,8 +373,7 @@ def eval_batch(source, config, plan, start, stop, step):
 
 
 def eval_steps(source, config, batch_size, start, stop):
-  """(number of batches, step -> batch), what `pipeline` iterates over."""
+  """(number of batches, step -> batch, step -> indices of its examples)."""
   plan = eval_plan(source, config, batch_size)
-  return len(plan), functools.partial(
-    eval_batch, source, config, plan, start, stop
-  )
+  batch = functools.partial(eval_batch, source, config, plan, start, stop)
+  return len(plan), batch, lambda step: plan[step][0][start:stop]

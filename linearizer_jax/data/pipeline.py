@@ -11,6 +11,7 @@ was run before, and a position in the data is one integer.
 import dataclasses
 import difflib
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -20,7 +21,7 @@ import threading
 import grain
 import numpy as np
 
-from linearizer_jax.data import datasets, dense, transforms
+from linearizer_jax.data import datasets, dense, guard, simd, transforms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,14 @@ class DataConfig:
   # and their stride (0: the window); a window of 0 is the whole image.
   eval_window: int | tuple[int, int] = 0
   eval_stride: int | tuple[int, int] = 0
+  # 'pillow', or 'simd': training crops by faster code, the libraries of
+  # the extra [simd]. Evaluation decodes with Pillow, at full size, always.
+  decoder: str = 'pillow'
+
+  # Faults. Up to `max_broken` images that cannot be decoded are passed over:
+  # training takes the next example instead, evaluation leaves them out.
+  max_broken: int = 0
+  timeout_seconds: float = 600.0  # without a batch, after which to stop; 0: no
 
   # Neither changes a batch.
   num_workers: int = 0  # processes; 0: threads of this process
@@ -104,6 +113,16 @@ class DataConfig:
       raise ValueError(
         f'data.labels_per_class is {self.labels_per_class}, expected at least '
         '1, or None.'
+      )
+    if self.decoder not in ('pillow', 'simd'):
+      raise ValueError(
+        f"data.decoder is {self.decoder!r}, expected 'pillow' or 'simd'."
+      )
+    if self.decoder == 'simd' and not simd.is_installed():
+      raise ValueError(
+        "data.decoder is 'simd', but simplejpeg or cykooz-resizer is not "
+        "installed: `pip install 'linearizer_jax[simd]'`, or set "
+        "data.decoder to 'pillow', which is slower."
       )
     if not 0 < self.eval_crop <= 1:
       raise ValueError(f'data.eval_crop is {self.eval_crop}, expected (0, 1].')
@@ -184,9 +203,7 @@ def make_train_iterator(
   config = _parse(data_config)
   share = _share(batch_size, process_index, process_count)
   source = _source(config, config.train_split)
-  return TrainIterator(
-    config, functools.partial(_train_batch, source, config, seed, *share)
-  )
+  return TrainIterator(source, config, seed, share)
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -196,16 +213,29 @@ class TrainIterator(grain.DatasetIterator):
   `grain.checkpoint.CheckpointSave(iterator)` saves it.
   """
 
-  def __init__(self, config, batch_of_step):
+  def __init__(self, source, config, seed, share):
     super().__init__()
-    self._config, self._batch_of_step = config, batch_of_step
+    arguments = source, config, seed, *share
+    self._config = config
+    self._batch_of_step = functools.partial(_train_batch, *arguments)
+    self._guard = guard.Guard(
+      config,
+      lambda step: [
+        source.name(i) for _, i in _train_indices(*arguments, step)
+      ],
+    )
     self._step = 0
     self._batches = None
+
+  @property
+  def broken(self):
+    """Broken images passed over since the start, {name: message}."""
+    return self._guard.broken
 
   def __next__(self):
     self._assert_not_closed()
     self.start_prefetch()
-    batch = next(self._batches)
+    batch = self._guard.next(self._batches, self._step)
     self._step += 1
     return batch
 
@@ -248,10 +278,11 @@ def make_eval_batches(
     process_count: number of processes that evaluate together.
 
   Returns:
-    A grain dataset, to be iterated over as often as needed, of dicts of `image`
-    uint8 (b, H, W, 3), `label` int32 (b,) and `valid` bool (b,), which is False
-    (image and label 0) where the last batch is filled up. Each process gets
-    the same number of batches. Where `dense`, of what `dense.eval_batch` says.
+    An iterable, as often as needed, of dicts of `image` uint8 (b, H, W, 3),
+    `label` int32 (b,) and `valid` bool (b,), which is False (image and label 0)
+    where the last batch is filled up or an image is broken. Each process gets
+    the same number of batches. Where `dense`, of what
+    `dense.eval_batch` says.
 
   Raises:
     ValueError: as `make_train_iterator`.
@@ -260,41 +291,89 @@ def make_eval_batches(
   share = _share(batch_size, process_index, process_count)
   source = _source(config, split or config.eval_split)
   if config.dense:
-    count, batch_of_step = dense.eval_steps(source, config, *share)
+    count, batch_of_step, indices = dense.eval_steps(source, config, *share)
   else:
     count = -(-len(source) // batch_size)
     batch_of_step = functools.partial(_eval_batch, source, config, *share)
-  return _prefetch(config, grain.MapDataset.range(count).map(batch_of_step))
+    indices = functools.partial(_eval_indices, len(source), *share)
+  batches = _prefetch(config, grain.MapDataset.range(count).map(batch_of_step))
+
+  def names(step):
+    return [source.name(i) for i in indices(step)]
+
+  return EvalBatches(batches, guard.Guard(config, names))
 
 
-def _train_batch(source, config, seed, batch_size, start, stop, step):
-  examples = []
+class EvalBatches:
+  """The batches of an evaluation, to be walked as often as needed."""
+
+  def __init__(self, batches, watch):
+    self._batches, self._guard = batches, watch
+
+  def __iter__(self):
+    iterator = iter(self._batches)
+    for step in itertools.count():
+      batch = self._guard.next(iterator, step)
+      if batch is None:
+        return
+      yield batch
+
+
+def _train_indices(source, config, seed, batch_size, start, stop, step):
+  """(position in the stream, index in the source) of each row of a batch."""
   for position in range(step * batch_size + start, step * batch_size + stop):
     epoch, index = divmod(position, len(source))
     if config.shuffle:
       index = _epoch_order(len(source), seed, epoch)[index]
-    example = source[int(index)]
-    rng = np.random.default_rng((seed, 0, position))
-    if config.dense:
-      examples.append(dense.train_pair(example, config, rng))
-    else:
+    yield position, int(index)
+
+
+def _train_batch(source, config, seed, *share_and_step):
+  examples, broken = [], {}
+  for position, index in _train_indices(source, config, seed, *share_and_step):
+
+    def make(example, position=position):
+      rng = np.random.default_rng((seed, 0, position))
+      if config.dense:
+        return dense.train_pair(example, config, rng)
       image = transforms.train_image(example, config, rng)
-      examples.append((image, np.int32(example['label'])))
+      return image, np.int32(example['label'])
+
+    examples.append(
+      guard.first_whole(source, index, make, config.max_broken, broken)
+    )
   images, labels = zip(*examples, strict=True)
-  return {'image': np.stack(images), 'label': np.stack(labels)}
+  return {
+    'image': np.stack(images),
+    'label': np.stack(labels),
+    guard.BROKEN: broken,
+  }
+
+
+def _eval_indices(count, batch_size, start, stop, step):
+  first = step * batch_size
+  return range(min(first + start, count), min(first + stop, count))
 
 
 def _eval_batch(source, config, batch_size, start, stop, step):
   images = np.zeros((stop - start, *config.image_size, 3), np.uint8)
   labels = np.zeros(stop - start, np.int32)
   valid = np.zeros(stop - start, bool)
-  for i in range(stop - start):
-    position = step * batch_size + start + i
-    if position < len(source):
-      example = source[position]
+  broken = {}
+  indices = _eval_indices(len(source), batch_size, start, stop, step)
+  for i, index in enumerate(indices):
+    try:
+      example = source[index]
       images[i] = transforms.eval_image(example, config)
       labels[i], valid[i] = example['label'], True
-  return {'image': images, 'label': labels, 'valid': valid}
+    except transforms.BrokenImageError as error:
+      broken[source.name(index)] = str(error)
+  return {
+    'image': images,
+    'label': labels,
+    'valid': valid,
+    guard.BROKEN: broken,
+  }
 
 
 # A batch may reach into the next epoch, hence two.

@@ -10,9 +10,15 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from linearizer_jax.data import simd
+
 _BICUBIC = Image.Resampling.BICUBIC
 # What Pillow raises on damaged files.
 _DECODING_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)
+
+
+class BrokenImageError(ValueError):
+  """An image cannot be decoded; the message names its file."""
 
 
 def train_image(example, config, rng):
@@ -31,14 +37,14 @@ def train_image(example, config, rng):
     uint8 (H, W, 3) with (H, W) = `config.image_size`.
 
   Raises:
-    ValueError: the image cannot be decoded; names the file.
+    BrokenImageError: the image cannot be decoded; names the file.
   """
   image = open_image(example)
   if config.crop_scale:
     box = random_crop_box(image.size, config.crop_scale, config.crop_ratio, rng)
   else:
     box = center_crop_box(image.size, config.image_size, config.eval_crop)
-  image = crop_and_resize(image, box, config.image_size, example['name'])
+  image = _train_crop(image, example, box, config)
   if config.flip and rng.random() < 0.5:
     image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
   if config.shift_pixels or config.rotate_degrees:
@@ -74,11 +80,13 @@ def eval_image(example, config):
     uint8 (H, W, 3) with (H, W) = `config.image_size`.
 
   Raises:
-    ValueError: the image cannot be decoded; names the file.
+    BrokenImageError: the image cannot be decoded; names the file.
   """
   image = open_image(example)
   box = center_crop_box(image.size, config.image_size, config.eval_crop)
-  image = crop_and_resize(image, box, config.image_size, example['name'])
+  image = crop_and_resize(
+    image, box, config.image_size, example['name'], exact=True
+  )
   return np.asarray(image)
 
 
@@ -90,34 +98,34 @@ def open_image(example):
   try:
     return Image.open(io.BytesIO(image))
   except _DECODING_ERRORS as error:
-    raise ValueError(_broken(example['name'], error)) from error
+    raise BrokenImageError(_broken(example['name'], error)) from error
 
 
 def decoded(example, mode=None):
   """The PIL image of an example, decoded, in its own or another mode.
 
   Raises:
-    ValueError: the image cannot be decoded; names the file.
+    BrokenImageError: the image cannot be decoded; names the file.
   """
   image = open_image(example)
   try:
     image.load()
     return image.convert(mode) if mode else image
   except _DECODING_ERRORS as error:
-    raise ValueError(_broken(example['name'], error)) from error
+    raise BrokenImageError(_broken(example['name'], error)) from error
 
 
 def image_size(path):
   """(height, width) of an image file, from its header.
 
   Raises:
-    ValueError: it is no image; names the file.
+    BrokenImageError: it is no image; names the file.
   """
   try:
     with Image.open(path) as image:
       return image.height, image.width
   except _DECODING_ERRORS as error:
-    raise ValueError(_broken(path, error)) from error
+    raise BrokenImageError(_broken(path, error)) from error
 
 
 def shrink(example, pixels):
@@ -131,7 +139,7 @@ def shrink(example, pixels):
     uint8 (h, w, 3).
 
   Raises:
-    ValueError: the image cannot be decoded; names the file.
+    BrokenImageError: the image cannot be decoded; names the file.
   """
   image = open_image(example)
   width, height = image.size
@@ -141,7 +149,22 @@ def shrink(example, pixels):
   return np.asarray(image)
 
 
-def crop_and_resize(image, box, size, name):
+def _train_crop(image, example, box, config):
+  """`crop_and_resize` by the decoder of the config."""
+  if (
+    config.decoder == 'simd'
+    and image.format == 'JPEG'
+    and image.mode in ('RGB', 'L')
+  ):
+    crop = simd.crop_and_resize(
+      example['image'], image.size, box, config.image_size
+    )
+    if crop is not None:
+      return crop
+  return crop_and_resize(image, box, config.image_size, example['name'])
+
+
+def crop_and_resize(image, box, size, name, exact=False):
   """Decodes, cuts `box` (left, top, right, bottom) and resizes it, bicubic.
 
   Args:
@@ -149,32 +172,34 @@ def crop_and_resize(image, box, size, name):
     box: floats, in pixels of the image at its full size.
     size: (H, W) of the result.
     name: for the error message.
+    exact: decode at the full size, also where a smaller one would do.
 
   Returns:
     PIL image, RGB, (H, W).
 
   Raises:
-    ValueError: the image cannot be decoded; names the file.
+    BrokenImageError: the image cannot be decoded; names the file.
   """
   height, width = size
   left, top, right, bottom = box
   full_width, full_height = image.size
   # JPEG can be decoded at 1/2, 1/4, 1/8, which averages pixels. Staying at
   # twice the wanted size or above leaves the last halving to the bicubic.
-  image.draft(
-    'RGB',
-    (
-      math.ceil(2 * width * full_width / (right - left)),
-      math.ceil(2 * height * full_height / (bottom - top)),
-    ),
-  )
+  if not exact:
+    image.draft(
+      'RGB',
+      (
+        math.ceil(2 * width * full_width / (right - left)),
+        math.ceil(2 * height * full_height / (bottom - top)),
+      ),
+    )
   try:
     image = image if image.mode == 'RGB' else image.convert('RGB')
     x, y = image.width / full_width, image.height / full_height
     box = (left * x, top * y, right * x, bottom * y)
     return image.resize((width, height), _BICUBIC, box)
   except _DECODING_ERRORS as error:
-    raise ValueError(_broken(name, error)) from error
+    raise BrokenImageError(_broken(name, error)) from error
 
 
 def random_crop_box(image_size, scale, ratio, rng):
