@@ -233,7 +233,7 @@ def _training(case):
     std=IMAGENET[1],
     config=ml_collections.ConfigDict({'classify': CLASSIFY}),
   )
-  optimizer = optax.adamw(1e-4, b2=0.98, weight_decay=0.05)
+  optimizer = optax.adamw(1.0, b2=0.98, weight_decay=0.05)
   step = steps.make_train_step(task, optimizer)
   params = {'student': _param_shapes(task.model, case.size)}
   shape = jax.ShapeDtypeStruct
@@ -245,7 +245,7 @@ def _training(case):
     'label': shape((case.batch,), 'int32'),
   }
   key = jax.eval_shape(lambda: jax.random.key(0))
-  return step, (state, {}, batch, key), (0,)
+  return step, (state, {}, batch, key, shape((), 'float32')), (0,)
 
 
 def _param_shapes(model, size):
