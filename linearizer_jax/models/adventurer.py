@@ -218,7 +218,7 @@ class Adventurer(nn.Module):
     if self.heading_tokens not in HEADING_TOKENS:
       raise ValueError(
         f'heading_tokens is {self.heading_tokens!r}; expected one of '
-        f'{HEADING_TOKENS}. Change config.model.heading_tokens.'
+        f'{HEADING_TOKENS}. Change config.student.heading_tokens.'
       )
     if self.heading_tokens == 'all' or token_mask is None:
       return None
@@ -230,7 +230,7 @@ class Adventurer(nn.Module):
     if self.remat not in REMAT:
       raise ValueError(
         f'remat is {self.remat!r}; expected one of {REMAT}. Change '
-        'config.model.remat.'
+        'config.student.remat.'
       )
     if self.remat == 'none':
       return Block
@@ -260,8 +260,8 @@ def replace_tokens(tokens, mask_token, token_mask):
   """Puts the mask token (1, 1, D) where `token_mask` (B, L) is True."""
   if mask_token is None:
     raise ValueError(
-      'token_mask was given to a model without a mask token: set '
-      'config.model.use_mask_token = True.'
+      'token_mask was given to a model without a mask token: set the model '
+      'field use_mask_token=True.'
     )
   if token_mask.shape != tokens.shape[:2]:
     raise ValueError(
@@ -296,7 +296,7 @@ def flip_schedule(flip_blocks, depth):
   ):
     raise ValueError(
       f"flip_blocks is {flip_blocks!r}; expected 'released', 'alternate' or "
-      f'block numbers from 0 to {depth - 1}. Change config.model.flip_blocks.'
+      f'block numbers from 0 to {depth - 1}. Change config.student.flip_blocks.'
     )
   return frozenset(flip_blocks)
 
