@@ -114,6 +114,8 @@ def _slice(topology):
   from jax.experimental import topologies
 
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
+  # Chips are held by one process; compiling for them needs none.
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
   try:
     found = topologies.get_topology_desc(
       platform='tpu', topology_name=topology, **CHIPS[kind].options
