@@ -109,7 +109,10 @@ def get_config(argument=None):
         init=f'stage:distill_{name}'
       )
       rows[name] = (f'finetune_{name}',)
-  config.stages = tuple(per_stage)
+  # What the run is for comes last: `load` and `export` take the last stage.
+  config.stages = tuple(
+    sorted(per_stage, key=lambda stage: stage in ('distill', 'finetune'))
+  )
   config.per_stage = per_stage
   config.report.metric = 'accuracy'
   config.report.rows = tuple(rows.items())

@@ -26,7 +26,7 @@ def write(config, workdir):
     of tables, which are printed: `results` writes them.
   """
   workdir = pathlib.Path(workdir)
-  options = config['report']
+  options = reported(config)
   if options['tables']:
     print(results.page(results.collect(workdir)))
     return None
@@ -57,6 +57,21 @@ def write(config, workdir):
     _draw_maps(config, workdir, dict(options['maps']), workdir / 'maps.png')
   print(table(metric, summary, rows), f'All of it lies in {workdir}.', sep='\n')
   return summary
+
+
+def reported(config):
+  """`config.report` without what is about stages that the run leaves out."""
+  ran, options = config['stages'], config['report']
+  rows = {
+    name: tuple(stage for stage in stages if stage in ran)
+    for name, stages in dict(options['rows']).items()
+  }
+  nearest = options['nearest_neighbour']
+  return options | {
+    'rows': {name: stages for name, stages in rows.items() if stages},
+    'maps': [(name, stage) for name, stage in options['maps'] if stage in ran],
+    'nearest_neighbour': nearest if nearest in ran else '',
+  }
 
 
 def table(metric, summary, rows):

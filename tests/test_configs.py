@@ -70,6 +70,13 @@ def test_data_fields_are_those_of_the_pipeline():
   assert set(get_config('distill_base').data.keys()) == fields
 
 
+def test_the_last_stage_is_the_one_to_export():
+  for argument in (None, 'losses'):
+    stages = get_config('digits', argument).stages
+    assert (stages[0], *stages[-2:]) == ('teacher', 'distill', 'finetune')
+    assert set(stages) == set(get_config('digits', argument).per_stage)
+
+
 def test_paper_defaults():
   config = get_config('distill_base')
   assert config.distill.mask_ratio == 0.75

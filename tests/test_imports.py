@@ -129,3 +129,16 @@ def test_the_package_loads_neither_torch_nor_tensorflow():
     cwd=ROOT,
   )
   assert done.stdout.strip() == '[]'
+
+
+def test_a_source_folder_without_editable_install_says_so():
+  code = (
+    'import sys;'
+    "sys.meta_path[:] = [f for f in sys.meta_path if 'ditable' not in str(f)];"
+    'import linearizer_jax'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.returncode
+  assert 'pip install -e .' in done.stderr.splitlines()[-1]

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import common
-from linearizer_jax import checkpoint, metrics, recorder, train
+from configs import common, digits
+from linearizer_jax import checkpoint, metrics, recorder, report, train
 from linearizer_jax.tasks import classify
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -218,6 +218,15 @@ def test_another_config_is_refused_by_name(tmp_path):
   checkpoint.claim_workdir(tmp_path, tiny(**{'log.every_steps': 7}))
   with pytest.raises(ValueError, match=r'optimizer\.learning_rate was 0\.0015'):
     checkpoint.claim_workdir(tmp_path, tiny(**{'optimizer.learning_rate': 0.1}))
+
+
+def test_a_report_leaves_out_stages_that_did_not_run():
+  config = digits.get_config().to_dict() | {'stages': ('teacher', 'distill')}
+  options = report.reported(config)
+  assert options['rows'] == {'teacher': ('teacher',)}
+  assert [name for name, _ in options['maps']] == ['teacher', 'distilled']
+  assert options['nearest_neighbour'] == ''
+  assert report.reported(digits.get_config().to_dict())['nearest_neighbour']
 
 
 def start(workdir, *flags):

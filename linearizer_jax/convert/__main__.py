@@ -12,6 +12,8 @@ import logging
 import pathlib
 import sys
 
+import jax
+
 
 def main(argv=None):
   parser = argparse.ArgumentParser(
@@ -59,6 +61,8 @@ def main(argv=None):
   text.add_argument('--out', required=True, help='.npz file')
 
   options = parser.parse_args(argv)
+  # Comparisons to 1e-5: float32 products of an accelerator round more.
+  jax.config.update('jax_platforms', 'cpu')
   logging.basicConfig(level=logging.WARNING, format='%(message)s')
   try:
     return COMMANDS[options.command](options)
@@ -67,7 +71,8 @@ def main(argv=None):
 
 
 def _export(options):
-  from linearizer_jax.convert.export import export
+  from linearizer_jax import checkpoint
+  from linearizer_jax.convert.export import CONFIG, export
 
   differences = export(
     options.checkpoint,
@@ -78,7 +83,9 @@ def _export(options):
   )
   for name, difference in differences.items():
     print(f'{name}: largest relative difference {difference:.1e}')
-  print(f'Written to {options.out}.')
+  run = checkpoint.read_json(pathlib.Path(options.out) / CONFIG)['run']
+  of = f'Stage {run["stage"]}, step {run["step"]}: w' if run else 'W'
+  print(f'{of}ritten to {options.out}.')
 
 
 def _import(options):
