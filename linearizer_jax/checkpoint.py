@@ -4,16 +4,18 @@
     workdir/<stage>/checkpoints/     steps: the best and the last n
     workdir/<stage>/result.json      there once the stage is finished
 
-A checkpoint holds the train state (parameters, optimizer, step, average) and
-the position in the data, never the teacher.
+A checkpoint holds the train state (parameters, optimizer, step, average),
+never the teacher. Its step is the position in the data, for any number of
+processes. Every process of a run saves its part; reading parameters, as
+`load_params` does, is a matter of one process.
 """
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,7 +23,9 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
-STATE, DATA = 'state', 'data'
+from linearizer_jax import checksums, hosts
+
+STATE = 'state'
 # What may differ when a run goes on: it changes no number.
 FREE_TO_CHANGE = (
   'log.',
@@ -30,6 +34,7 @@ FREE_TO_CHANGE = (
   'data.num_threads',
   'data.data_dir',
   'parallel.fsdp',
+  'optimizer.max_nonfinite_steps',
 )
 
 _log = logging.getLogger('linearizer_jax')
@@ -47,6 +52,7 @@ def open_manager(directory, options):
     A `CheckpointManager` that saves in the background and keeps the best step
     and the last n.
   """
+  directory = pathlib.Path(directory).absolute()
   policies = [checkpoint_managers.LatestN(options['keep_last'])]
   best_fn = None
   if options['best_metric']:
@@ -62,55 +68,69 @@ def open_manager(directory, options):
         keep_checkpoints_without_metrics=False,
       )
     )
+
   return ocp.CheckpointManager(
-    pathlib.Path(directory).absolute(),
+    directory,
     options=ocp.CheckpointManagerOptions(
       best_fn=best_fn,
       best_mode=options['best_mode'],
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       cleanup_tmp_directories=True,
+      async_options=ocp.options.AsyncOptions(
+        # Called while a finished checkpoint still waits for its name.
+        post_finalization_callback=lambda: checksums.write_unnamed(
+          directory, ocp.utils.TMP_DIR_SUFFIX
+        )
+      ),
     ),
   )
 
 
-def save(manager, step, state, iterator, metrics=None):
-  """Saves in the background; a step that is there already is left alone."""
+def save(manager, step, state, metrics=None):
+  """Saves in the background; a step that is there already is left alone.
+
+  Raises:
+    OSError: this save or the one before it could not be written.
+  """
   if step in manager.all_steps():
     return
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      **{
-        STATE: ocp.args.StandardSave(state),
-        DATA: grain.checkpoint.CheckpointSave(iterator),
-      }
-    ),
-    metrics=metrics,
-  )
+  args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
+  with _write_errors(manager):
+    manager.save(step, args=args, metrics=metrics)
 
 
-def restore(manager, step, shapes, iterator):
-  """Reads a train state back and sets the data iterator to its position.
+def close(manager):
+  """Finishes a save under way; raises as `save`."""
+  with _write_errors(manager):
+    manager.close()
+
+
+@contextlib.contextmanager
+def _write_errors(manager):
+  """Says where and what to do, whatever kind of error Orbax passes on."""
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError) as error:
+    raise OSError(
+      f'a checkpoint could not be written to {manager.directory}: {error}. '
+      'Those saved before are good. Free some space or lower '
+      'config.checkpoint.keep_last, and give the same command again.'
+    ) from error
+
+
+def restore(manager, step, shapes):
+  """Reads a train state back.
 
   Args:
     manager: from `open_manager`.
     step: one of `manager.all_steps()`.
     shapes: the state as ShapeDtypeStructs with the shardings wanted.
-    iterator: grain iterator, changed in place.
 
   Returns:
     The state, placed as `shapes` says.
   """
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      **{
-        STATE: ocp.args.StandardRestore(shapes),
-        DATA: grain.checkpoint.CheckpointRestore(iterator),
-      }
-    ),
-  )
-  return restored[STATE]
+  args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(shapes)})
+  return manager.restore(step, args=args)[STATE]
 
 
 def describe(source, *, stage=None, step=None):
@@ -138,17 +158,11 @@ def describe(source, *, stage=None, step=None):
       f'{have or "no stage"}.'
     )
   config = resolve_stage(config, stage)
-  manager = open_manager(directory, config['checkpoint'])
-  steps = manager.all_steps()
+  steps = sorted(checksums.saved_steps(directory))
   if step is None:
-    step = manager.best_step()
-  if step is None:
-    step = manager.latest_step()
-  manager.close()
+    step = _best_step(directory, steps, config['checkpoint'])
   if step not in steps:
-    raise ValueError(
-      f'{directory} has no step {step}; saved steps: {sorted(steps)}.'
-    )
+    raise ValueError(f'{directory} has no step {step}; saved steps: {steps}.')
   return {'stage': stage, 'step': step, 'config': config}
 
 
@@ -166,15 +180,17 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
     'role'.
 
   Raises:
-    ValueError: as `describe`; or the stage trained another role.
+    ValueError: as `describe`; the stage trained another role; or the
+      checkpoint is damaged.
   """
   info = describe(source, stage=stage, step=step)
   stage, directory = info['stage'], stage_dir(source, info['stage'])
-  path = epath.Path(
-    (directory / 'checkpoints' / str(info['step']) / STATE).absolute()
-  )
+  saved = directory.absolute() / 'checkpoints' / str(info['step'])
+  if damage := checksums.damage(saved):
+    raise ValueError(f'{saved} is damaged: {damage}. Choose another step.')
+  path = epath.Path(saved / STATE)
   # The tree on disk decides: what is restored need not be what trains now.
-  reader = ocp.PyTreeCheckpointHandler()
+  reader = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
   try:
     tree = reader.metadata(path).tree
     key = 'ema' if ema and tree.get('ema') else 'params'
@@ -201,15 +217,34 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
   return params[key][role], info | {'role': role}
 
 
+def _best_step(directory, steps, options):
+  """The best of `steps` by the tracked metric, else the newest."""
+  found = {}
+  for step in steps:
+    path = directory / str(step) / 'metrics' / 'metrics'
+    if options['best_metric'] and path.is_file():
+      found[step] = read_json(path)[options['best_metric']]
+  if not found:
+    return max(steps, default=None)
+  pick = min if options['best_mode'] == 'min' else max
+  return pick(found, key=found.get)
+
+
+def _alone():
+  """Options of an Orbax object that waits for no other process."""
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=index, active_processes={index}
+  )
+
+
 def save_params(directory, step, params):
   """Saves parameters alone, {role: ...}, where `load_params` finds them."""
+  args = ocp.args.Composite(
+    **{STATE: ocp.args.StandardSave({'params': params})}
+  )
   with ocp.CheckpointManager(pathlib.Path(directory).absolute()) as manager:
-    manager.save(
-      step,
-      args=ocp.args.Composite(
-        **{STATE: ocp.args.StandardSave({'params': params})}
-      ),
-    )
+    manager.save(step, args=args)
 
 
 def improvement(manager, options, metrics):
@@ -394,7 +429,7 @@ def claim_workdir(workdir, config):
         '--workdir, or set these fields back.'
       )
   workdir.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
+  if hosts.is_first():
     write_json(workdir / 'config.json', config)
 
 

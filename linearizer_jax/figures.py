@@ -1,9 +1,15 @@
 """Pictures of a run: loss curves and activation maps."""
 
-import jax
-import numpy as np
+import io
+import math
 
-from linearizer_jax import metrics
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from linearizer_jax import hosts, metrics, sharding, tasks
+from linearizer_jax.data import pipeline
 from linearizer_jax.tasks import inputs
 
 
@@ -55,12 +61,70 @@ def activation_maps(images, networks, path, *, block=-1, query=None):
       brightest patch when None, which lies on the object where the ground is
       dark.
   """
-  from matplotlib import figure, patches
-
   maps = {
     name: similarity(images, *network, block=block)
     for name, network in networks.items()
   }
+  draw_maps(images, maps, path, query)
+
+
+def map_drawer(task, mesh, data, share, count=4):
+  """A function that draws the networks of a task in training.
+
+  All processes have to call it: the networks lie on all devices.
+
+  Args:
+    task: from `tasks.make_task`.
+    mesh: its mesh.
+    data: the `data` section of its config, a dict.
+    share: {'process_index', 'process_count'}.
+    count: how many of the first images of the evaluation split.
+
+  Returns:
+    (params, frozen) -> uint8 (H, W, 3), None on processes but the first.
+
+  Raises:
+    ImportError: matplotlib is missing, said before the run begins.
+  """
+  import matplotlib.figure  # noqa: F401
+
+  size = mesh.size * math.ceil(count / mesh.size)
+  batches = pipeline.make_eval_batches(data, batch_size=size, **share)
+  batch = sharding.global_batch(mesh, next(iter(batches)))
+
+  def compute(params, frozen, batch):
+    networks = tasks.networks(task, params, frozen)
+    maps = {
+      name: token_cosines(batch['image'], *network)[:count]
+      for name, network in networks.items()
+    }
+    return batch['image'][:count], batch['valid'][:count], maps
+
+  compute = jax.jit(compute, out_shardings=sharding.replicated(mesh))
+
+  def draw(params, frozen):
+    images, valid, maps = jax.device_get(compute(params, frozen, batch))
+    if not hosts.is_first():
+      return None
+    maps = {name: values[valid] for name, values in maps.items()}
+    with io.BytesIO() as file:
+      draw_maps(images[valid], maps, file)
+      return np.asarray(Image.open(file).convert('RGB'))
+
+  return draw
+
+
+def draw_maps(images, maps, path, query=None):
+  """Draws `activation_maps` of cosines that are known.
+
+  Args:
+    images: uint8 (n, H, W, 3).
+    maps: {name: (n, h, w, h, w)} from `similarity`.
+    path: PNG file to write, a path or a file.
+    query: as `activation_maps`.
+  """
+  from matplotlib import figure, patches
+
   columns = 1 + len(maps)
   canvas = figure.Figure(
     figsize=(1.7 * columns + 0.8, 1.7 * len(images) + 0.4), layout='constrained'
@@ -89,17 +153,38 @@ def activation_maps(images, networks, path, *, block=-1, query=None):
   axes[0, 0].set_title('input', fontsize=10)
   bar = canvas.colorbar(shown, ax=axes, shrink=0.8, pad=0.02)
   bar.set_label('cosine with the marked token', fontsize=9)
-  canvas.savefig(path, dpi=150)
+  canvas.savefig(path, dpi=150, format='png')
 
 
 def similarity(images, model, params, stats, *, block=-1):
-  """Cosines of all pairs of patch tokens: (n, h, w, h, w) NumPy."""
+  """`token_cosines` of a network on its own, as a NumPy array."""
+
+  @jax.jit
+  def compute(params, images):
+    return token_cosines(images, model, params, stats, block=block)
+
+  return np.asarray(compute(params, images))
+
+
+def token_cosines(images, model, params, stats, size=None, block=-1):
+  """Cosines of all pairs of patch tokens after a block.
+
+  Args:
+    images: uint8 (n, H, W, 3).
+    model, params: a network; `stats` the (mean, std) of its input.
+    size: (H, W) of its input, that of the images when None.
+    block: index of the block, negative from the end.
+
+  Returns:
+    (n, h, w, h, w), computed in float32.
+  """
   images = inputs.normalize(images, *stats)
-  _, out = jax.jit(model.apply)({'params': params}, images)
-  tokens = np.asarray(out[f'block{block % model.depth:02d}'], np.float32)
-  lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
-  tokens = tokens / np.maximum(lengths, 1e-6)
-  cosines = np.einsum('nid,njd->nij', tokens, tokens)
+  images = inputs.resize_images(images, size or images.shape[1:3])
+  _, out = model.apply({'params': params}, images)
+  tokens = out[f'block{block % model.depth:02d}'].astype(jnp.float32)
+  lengths = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+  tokens = tokens / jnp.maximum(lengths, 1e-6)
+  cosines = jnp.einsum('nid,njd->nij', tokens, tokens, precision='highest')
   grid = tuple(side // model.patch_size for side in images.shape[1:3])
   return cosines.reshape(len(images), *grid, *grid)
 

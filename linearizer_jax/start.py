@@ -43,7 +43,11 @@ def start_state(config, program, workdir, key):
       projection = load_class_projection(config.init, workdir)
     loaded = loaded | {'head': zeroshot.head(config, projection)}
   params[role] = jax.tree.map(
-    lambda old, new: jax.device_put(np.asarray(new, old.dtype), old.sharding),
+    lambda old, new: (
+      old
+      if new is old  # cut over hosts, it could not be read here
+      else jax.device_put(np.asarray(new, old.dtype), old.sharding)
+    ),
     params[role],
     checkpoint.merge_params(params[role], loaded, source, may_lack=may_lack),
   )

@@ -14,6 +14,24 @@ def image_shape(config):
   return (*layers.as_pair(config.data.image_size), 3)
 
 
+def networks(task, params, frozen):
+  """{role: (Module, params, (mean, std), (H, W) of its input or None)}.
+
+  None stands for the size of the images. {} for a task of no such networks.
+  """
+  if isinstance(task, Distill):
+    teacher = task.teacher, frozen['teacher'], task.teacher_stats
+    student = task.student, params['student'], task.student_stats
+    return {
+      'teacher': (*teacher, task.teacher_size),
+      'student': (*student, None),
+    }
+  if isinstance(task, Classify):
+    network = task.model, params[task.role], (task.mean, task.std)
+    return {task.role: (*network, None)}
+  return {}
+
+
 def make_task(config, mesh, num_classes):
   """The task of a stage, from the tables of models.
 
