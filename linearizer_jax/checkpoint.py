@@ -40,6 +40,13 @@ FREE_TO_CHANGE = (
 _log = logging.getLogger('linearizer_jax')
 
 
+class _Manager(ocp.CheckpointManager):
+  """Its questions to the preemption service would upset `StopSignal`'s."""
+
+  def reached_preemption(self, step):
+    return False
+
+
 def open_manager(directory, options):
   """The Orbax manager of one stage.
 
@@ -68,8 +75,7 @@ def open_manager(directory, options):
         keep_checkpoints_without_metrics=False,
       )
     )
-
-  return ocp.CheckpointManager(
+  return _Manager(
     directory,
     options=ocp.CheckpointManagerOptions(
       best_fn=best_fn,

@@ -56,4 +56,5 @@ def step_flops(step, *args):
     step: the jitted function; a call with the same arguments finds the program.
     *args: what it is called with.
   """
-  return step.lower(*args).compile().cost_analysis().get('flops', 0.0)
+  cost = step.lower(*args).compile().cost_analysis()
+  return (cost or {}).get('flops', 0.0)
