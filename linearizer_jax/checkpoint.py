@@ -6,8 +6,7 @@
 
 A checkpoint holds the train state (parameters, optimizer, step, average),
 never the teacher. Its step is the position in the data, for any number of
-processes. Every process of a run saves its part; reading parameters, as
-`load_params` does, is a matter of one process.
+processes. All processes save their part; one alone can read (`load_params`).
 """
 
 import contextlib
