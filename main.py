@@ -21,6 +21,14 @@ flags.DEFINE_string(
   'A TPU slice such as v5e:4x4. Instead of running, compiles the train step '
   'for it and prints memory, arithmetic, traffic and the hours they bound.',
 )
+flags.DEFINE_string(
+  'coordinator',
+  None,
+  'HOST:PORT of process 0, where a run on many hosts is neither on a TPU pod '
+  'nor under SLURM, which say so themselves.',
+)
+flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many.')
+flags.DEFINE_integer('process_id', None, 'With --coordinator: which of them.')
 flags.DEFINE_string('out', None, 'With --plan: a JSON file for the result.')
 config_flags.DEFINE_config_file(
   'config', 'configs/digits.py', 'File and its argument, file.py:argument.'
@@ -33,10 +41,17 @@ def main(argv):
   if flags.FLAGS.plan:  # the chips are not here: nothing is to look for them
     os.environ['JAX_PLATFORMS'] = 'cpu'
   # Here, not above: worker processes of the data import this file as well.
-  from linearizer_jax import checkpoint, plan, report, train
+  from linearizer_jax import checkpoint, hosts, plan, report, train
 
   logging.set_verbosity(logging.WARNING)  # of the libraries
-  logging.get_absl_logger().parent.getChild('linearizer_jax').setLevel('INFO')
+  if not flags.FLAGS.plan:
+    hosts.join(
+      flags.FLAGS.coordinator,
+      flags.FLAGS.num_processes,
+      flags.FLAGS.process_id,
+    )
+  if hosts.is_first():  # the others warn, and say nothing else
+    logging.get_absl_logger().parent.getChild('linearizer_jax').setLevel('INFO')
   config = flags.FLAGS.config.to_dict()
   workdir = flags.FLAGS.workdir or _default_workdir()
   stages = [checkpoint.resolve_stage(config, s) for s in config['stages']]
@@ -48,7 +63,8 @@ def main(argv):
   programs = {}
   for stage in stages:
     train.run_stage(stage, workdir, shared=programs)
-  report.write(config, workdir)
+  if hosts.is_first():
+    report.write(config, workdir)
 
 
 def _default_workdir():

@@ -82,6 +82,9 @@ def base():
       clip_norm=3.0,  # 0: no clipping
       layer_decay=1.0,
       ema_decay=0.0,  # 0: no average is kept
+      # Updates with a non-finite loss or gradient that are left out before the
+      # run stops; 0: stop at the first.
+      max_nonfinite_steps=0,
     )
   )
   config.schedule = ml_collections.ConfigDict(
@@ -92,7 +95,12 @@ def base():
     dict(every_steps=1000, keep_last=2, best_metric='', best_mode='max')
   )
   config.log = ml_collections.ConfigDict(
-    dict(every_steps=50, eval_every_epochs=10.0)  # 0: at the end only
+    dict(
+      every_steps=50,
+      eval_every_epochs=10.0,  # 0: at the end only
+      images_every_epochs=0.0,  # activation maps for TensorBoard; 0: none
+      profile_steps=(0, 0),  # (first, how many) for a profiler trace
+    )
   )
   # Rows of the table at the end, (name, stages), of which the best counts, and
   # networks of the picture of activation maps, (name, stage).

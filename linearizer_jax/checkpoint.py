@@ -4,16 +4,17 @@
     workdir/<stage>/checkpoints/     steps: the best and the last n
     workdir/<stage>/result.json      there once the stage is finished
 
-A checkpoint holds the train state (parameters, optimizer, step, average) and
-the position in the data, never the teacher.
+A checkpoint holds the train state (parameters, optimizer, step, average),
+never the teacher. Its step is the position in the data, for any number of
+processes. All processes save their part; one alone can read (`load_params`).
 """
 
+import contextlib
 import json
 import logging
 import os
 import pathlib
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -21,7 +22,9 @@ from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import checkpoint_managers
 
-STATE, DATA = 'state', 'data'
+from linearizer_jax import checksums, hosts
+
+STATE = 'state'
 # What may differ when a run goes on: it changes no number.
 FREE_TO_CHANGE = (
   'log.',
@@ -33,9 +36,17 @@ FREE_TO_CHANGE = (
   'data.data_dir',
   'parallel.fsdp',
   'report.',
+  'optimizer.max_nonfinite_steps',
 )
 
 _log = logging.getLogger('linearizer_jax')
+
+
+class _Manager(ocp.CheckpointManager):
+  """Its questions to the preemption service would upset `StopSignal`'s."""
+
+  def reached_preemption(self, step):
+    return False
 
 
 def open_manager(directory, options):
@@ -50,6 +61,7 @@ def open_manager(directory, options):
     A `CheckpointManager` that saves in the background and keeps the best step
     and the last n.
   """
+  directory = pathlib.Path(directory).absolute()
   policies = [checkpoint_managers.LatestN(options['keep_last'])]
   best_fn = None
   if options['best_metric']:
@@ -65,55 +77,68 @@ def open_manager(directory, options):
         keep_checkpoints_without_metrics=False,
       )
     )
-  return ocp.CheckpointManager(
-    pathlib.Path(directory).absolute(),
+  return _Manager(
+    directory,
     options=ocp.CheckpointManagerOptions(
       best_fn=best_fn,
       best_mode=options['best_mode'],
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
       cleanup_tmp_directories=True,
+      async_options=ocp.options.AsyncOptions(
+        # Called while a finished checkpoint still waits for its name.
+        post_finalization_callback=lambda: checksums.write_unnamed(
+          directory, ocp.utils.TMP_DIR_SUFFIX
+        )
+      ),
     ),
   )
 
 
-def save(manager, step, state, iterator, metrics=None):
-  """Saves in the background; a step that is there already is left alone."""
+def save(manager, step, state, metrics=None):
+  """Saves in the background; a step that is there already is left alone.
+
+  Raises:
+    OSError: this save or the one before it could not be written.
+  """
   if step in manager.all_steps():
     return
-  manager.save(
-    step,
-    args=ocp.args.Composite(
-      **{
-        STATE: ocp.args.StandardSave(state),
-        DATA: grain.checkpoint.CheckpointSave(iterator),
-      }
-    ),
-    metrics=metrics,
-  )
+  args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)})
+  with _write_errors(manager):
+    manager.save(step, args=args, metrics=metrics)
 
 
-def restore(manager, step, shapes, iterator):
-  """Reads a train state back and sets the data iterator to its position.
+def close(manager):
+  """Finishes a save under way; raises as `save`."""
+  with _write_errors(manager):
+    manager.close()
+
+
+@contextlib.contextmanager
+def _write_errors(manager):
+  """Says where and what to do, whatever kind of error Orbax passes on."""
+  try:
+    yield
+  except (OSError, ValueError, RuntimeError) as error:
+    raise OSError(
+      f'a checkpoint could not be written to {manager.directory}: {error}. '
+      'Those saved before are good. Free some space or lower '
+      'config.checkpoint.keep_last, and give the same command again.'
+    ) from error
+
+
+def restore(manager, step, shapes):
+  """Reads a train state back.
 
   Args:
     manager: from `open_manager`.
     step: one of `manager.all_steps()`.
     shapes: the state as ShapeDtypeStructs with the shardings wanted.
-    iterator: grain iterator, changed in place.
 
   Returns:
     The state, placed as `shapes` says.
   """
-  restored = manager.restore(
-    step,
-    args=ocp.args.Composite(
-      **{
-        STATE: ocp.args.StandardRestore(shapes),
-        DATA: grain.checkpoint.CheckpointRestore(iterator),
-      }
-    ),
-  )
-  return restored[STATE]
+  args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(shapes)})
+  return manager.restore(step, args=args)[STATE]
 
 
 def describe(source, *, stage=None, step=None):
@@ -141,17 +166,11 @@ def describe(source, *, stage=None, step=None):
       f'{have or "no stage"}.'
     )
   config = resolve_stage(config, stage)
-  manager = open_manager(directory, config['checkpoint'])
-  steps = manager.all_steps()
+  steps = sorted(checksums.saved_steps(directory))
   if step is None:
-    step = manager.best_step()
-  if step is None:
-    step = manager.latest_step()
-  manager.close()
+    step = _best_step(directory, steps, config['checkpoint'])
   if step not in steps:
-    raise ValueError(
-      f'{directory} has no step {step}; saved steps: {sorted(steps)}.'
-    )
+    raise ValueError(f'{directory} has no step {step}; saved steps: {steps}.')
   return {'stage': stage, 'step': step, 'config': config}
 
 
@@ -169,15 +188,17 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
     'role' and 'batch_stats', running statistics of batch norms or None.
 
   Raises:
-    ValueError: as `describe`; or the stage trained another role.
+    ValueError: as `describe`; the stage trained another role; or the
+      checkpoint is damaged.
   """
   info = describe(source, stage=stage, step=step)
   stage, directory = info['stage'], stage_dir(source, info['stage'])
-  path = epath.Path(
-    (directory / 'checkpoints' / str(info['step']) / STATE).absolute()
-  )
+  saved = directory.absolute() / 'checkpoints' / str(info['step'])
+  if damage := checksums.damage(saved):
+    raise ValueError(f'{saved} is damaged: {damage}. Choose another step.')
+  path = epath.Path(saved / STATE)
   # The tree on disk decides: what is restored need not be what trains now.
-  reader = ocp.PyTreeCheckpointHandler()
+  reader = ocp.PyTreeCheckpointHandler(multiprocessing_options=_alone())
   try:
     tree = reader.metadata(path).tree
     key = 'ema' if ema and tree.get('ema') else 'params'
@@ -207,6 +228,27 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
   return params[key][role], info | found
 
 
+def _best_step(directory, steps, options):
+  """The best of `steps` by the tracked metric, else the newest."""
+  found = {}
+  for step in steps:
+    path = directory / str(step) / 'metrics' / 'metrics'
+    if options['best_metric'] and path.is_file():
+      found[step] = read_json(path)[options['best_metric']]
+  if not found:
+    return max(steps, default=None)
+  pick = min if options['best_mode'] == 'min' else max
+  return pick(found, key=found.get)
+
+
+def _alone():
+  """Options of an Orbax object that waits for no other process."""
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=index, active_processes={index}
+  )
+
+
 def save_params(directory, step, params, batch_stats=None):
   """Saves parameters, {role: ...}, where `load_params` finds them."""
   state = {'params': params, 'batch_stats': batch_stats}
@@ -234,56 +276,6 @@ def improvement(manager, options, metrics):
   better = metrics[name] - before[name]
   better = -better if options['best_mode'] == 'min' else better
   return metrics if better > 0 else None
-
-
-def merge_params(target, loaded, source, may_lack=('head',)):
-  """Loaded parameters completed by fresh ones, where that is meant to be.
-
-  Args:
-    target: parameter tree of the network that will run: arrays, or shapes
-      where nothing may be lacking.
-    loaded: parameter tree from elsewhere.
-    source: where from, for the error.
-    may_lack: top-level names taken from `target` where `loaded` lacks them or
-      holds another shape. A head and a mask token left over are dropped.
-
-  Returns:
-    A tree like `target`.
-
-  Raises:
-    ValueError: other differences, all of them by name.
-  """
-  target, found = _flatten(target), _flatten(loaded)
-  merged, missing, wrong = {}, [], []
-  for name, leaf in target.items():
-    fits = name in found and np.shape(found[name]) == leaf.shape
-    if fits:
-      merged[name] = found[name]
-    elif name.split('/')[0] in may_lack:
-      merged[name] = leaf
-      _log.info('%s has no fitting %s: it starts fresh', source, name)
-    elif name in found:
-      wrong.append(f'{name} {np.shape(found[name])}, expected {leaf.shape}')
-    else:
-      missing.append(name)
-  extra = [
-    name
-    for name in found.keys() - target.keys()
-    if name.split('/')[0] not in ('head', 'mask_token')
-  ]
-  if missing or extra or wrong:
-    raise ValueError(
-      f'{source} does not fit the model. Missing: {_few(missing)}; extra: '
-      f'{_few(extra)}; of another shape: {_few(wrong)}. Choose the model these '
-      'weights were made for (config.student, config.teacher) or other weights.'
-    )
-  return traverse_util.unflatten_dict(merged, sep='/')
-
-
-def _few(names):
-  """The first names of a list, and how many more there are."""
-  names, more = sorted(names), max(0, len(names) - 6)
-  return ', '.join(names[:6] + [f'{more} more'] * bool(more)) or 'none'
 
 
 def _last_stage(source, config):
@@ -409,7 +401,7 @@ def claim_workdir(workdir, config):
       'per_stage': before['per_stage'] | config['per_stage'],
     }
   workdir.mkdir(parents=True, exist_ok=True)
-  if jax.process_index() == 0:
+  if hosts.is_first():
     write_json(workdir / 'config.json', config)
 
 

@@ -10,11 +10,9 @@ import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 
-from linearizer_jax import metrics
-from linearizer_jax.tasks import inputs
+from linearizer_jax import maps, metrics
 
 
 def loss_curves(workdir, path):
@@ -47,117 +45,6 @@ def loss_curves(workdir, path):
   for axis in axes[len(curves) :]:
     axis.set_axis_off()
   canvas.savefig(path, dpi=120)
-
-
-def activation_maps(images, networks, path, *, blocks=(-1,), queries=None):
-  """Draws which tokens each network finds similar to one token.
-
-  The paper's Figure 3: a row per image and query with the image, its query
-  patch marked, and over the image the cosine of the query's feature with every
-  other token's after a block, on one colour scale.
-
-  Args:
-    images: uint8 (n, H, W, 3).
-    networks: {name: (Module, params, (mean, std))}.
-    path: file to write; its ending says what kind.
-    blocks: indices of blocks, negative from the end, one column each.
-    queries: [(row, column)] of query patches in the first network's grid; for
-      each image its brightest patch when None, which lies on the object where
-      the ground is dark.
-
-  Raises:
-    ValueError: a query outside the grid, or a block that no network has.
-  """
-  from matplotlib import figure, patches
-
-  maps = {
-    (name, block): values
-    for name, network in networks.items()
-    for block, values in similarity(images, *network, blocks=blocks).items()
-  }
-  grid = next(iter(maps.values())).shape[1:3]
-  for query in queries or ():
-    if not all(0 <= q < side for q, side in zip(query, grid, strict=True)):
-      raise ValueError(
-        f'query {query} is not in the grid of {grid[0]} rows and {grid[1]} '
-        'columns; both count from 0.'
-      )
-  rows = [
-    (i, query)
-    for i, image in enumerate(images)
-    for query in (queries or [brightest_patch(image, grid)])
-  ]
-  columns = 1 + len(maps)
-  height, width = images.shape[1:3]
-  canvas = figure.Figure(
-    figsize=(1.7 * columns + 0.9, 1.7 * height / width * len(rows) + 0.6),
-    layout='constrained',
-  )
-  axes = canvas.subplots(len(rows), columns, squeeze=False)
-  extent = (0, width, height, 0)
-  for line, (i, (row, column)) in zip(axes, rows, strict=True):
-    patch = height / grid[0], width / grid[1]
-    y, x = (row + 0.5) * patch[0], (column + 0.5) * patch[1]
-    grey = images[i].mean(-1)
-    line[0].imshow(images[i], extent=extent)
-    for color, thick in (('black', 3), ('white', 1.2)):
-      corner = x - patch[1] / 2, y - patch[0] / 2
-      line[0].add_patch(
-        patches.Rectangle(
-          corner, *patch[::-1], fill=False, edgecolor=color, linewidth=thick
-        )
-      )
-    for axis, values in zip(line[1:], maps.values(), strict=True):
-      own = values.shape[1:3]  # another patch size has another grid
-      at = int(y / height * own[0]), int(x / width * own[1])
-      axis.imshow(grey, cmap='gray', extent=extent)
-      shown = axis.imshow(
-        values[i][at],
-        cmap='magma',
-        vmin=-0.2,
-        vmax=1,
-        alpha=0.75,
-        extent=extent,
-        interpolation='nearest',
-      )
-      axis.plot(x, y, 'o', color='white', markersize=5, markeredgecolor='black')
-    for axis in line:
-      axis.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-  axes[0, 0].set_title('input', fontsize=10)
-  for axis, (name, block) in zip(axes[0, 1:], maps, strict=True):
-    title = name if len(blocks) == 1 else f'{name}\nblock {block}'
-    axis.set_title(title, fontsize=10)
-  bar = canvas.colorbar(shown, ax=axes, shrink=0.8, pad=0.02, aspect=30)
-  bar.set_label('cosine with the marked token', fontsize=9)
-  canvas.savefig(path, dpi=150)
-
-
-def similarity(images, model, params, stats, *, blocks=(-1,)):
-  """Cosines of all pairs of patch tokens: {block: (n, h, w, h, w) NumPy}."""
-  wrong = [n for n in blocks if not -model.depth <= n < model.depth]
-  if wrong:
-    raise ValueError(f'blocks {wrong} were asked for of {model.depth}.')
-  images = inputs.normalize(images, *stats)
-  _, out = jax.jit(model.apply)({'params': params}, images)
-  grid = tuple(side // model.patch_size for side in images.shape[1:3])
-  found = {}
-  for n in [block % model.depth for block in blocks]:
-    tokens = np.asarray(out[f'block{n:02d}'], np.float32)
-    lengths = np.linalg.norm(tokens, axis=-1, keepdims=True)
-    tokens = tokens / np.maximum(lengths, 1e-6)
-    cosines = np.einsum('nid,njd->nij', tokens, tokens)
-    found[n] = cosines.reshape(len(images), *grid, *grid)
-  return found
-
-
-def brightest_patch(image, grid):
-  """(row, column) of the patch with the highest mean."""
-  rows, columns = grid
-  height, width = image.shape[0] // rows, image.shape[1] // columns
-  means = image[: rows * height, : columns * width].reshape(
-    rows, height, columns, width, -1
-  )
-  return np.unravel_index(means.mean((1, 3, 4)).argmax(), grid)
 
 
 # Of Okabe and Ito: told apart with any colour vision, and in grey by the marks.
@@ -330,29 +217,29 @@ def main(argv=None):
     prog='python -m linearizer_jax.figures', description=__doc__.split('\n')[0]
   )
   commands = parser.add_subparsers(dest='command', required=True)
-  maps = commands.add_parser('maps', help='activation maps of networks')
-  maps.add_argument(
+  draw = commands.add_parser('maps', help='activation maps of networks')
+  draw.add_argument(
     'networks',
     nargs='+',
     metavar='NAME=SOURCE',
     help='anything load() takes: a work directory (SOURCE:STAGE for one of its '
     'stages), an exported folder, weights, the name of a teacher',
   )
-  maps.add_argument('--images', nargs='+', required=True, help='image files')
-  maps.add_argument(
+  draw.add_argument('--images', nargs='+', required=True, help='image files')
+  draw.add_argument(
     '--blocks', type=int, nargs='+', default=[-1], help='negative from the end'
   )
-  maps.add_argument(
+  draw.add_argument(
     '--queries',
     type=numbers,
     nargs='+',
     metavar='ROW,COLUMN',
     help='patches of the first network; the brightest one by default',
   )
-  maps.add_argument(
+  draw.add_argument(
     '--size', type=int, help='pixels; the first network decides by default'
   )
-  maps.add_argument('--out', default='maps.png', help='file to write')
+  draw.add_argument('--out', default='maps.png', help='file to write')
 
   trade = commands.add_parser('tradeoff', help='speed, memory, resolution')
   trade.add_argument('files', nargs='+', help='JSON files of the benchmark')
@@ -405,7 +292,7 @@ def _maps_of_sources(options):
   for file in options.images:
     with Image.open(file) as picture:
       pictures.append(neutral(picture)[0].round().astype(np.uint8))
-  activation_maps(
+  maps.activation_maps(
     np.stack(pictures),
     networks,
     options.out,

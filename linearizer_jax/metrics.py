@@ -1,6 +1,7 @@
 """Where numbers go: metrics.jsonl, TensorBoard events, a progress bar."""
 
 import json
+import os
 import pathlib
 import sys
 
@@ -34,7 +35,9 @@ class MetricWriter:
       for record in read(workdir)
       if record['stage'] != stage or record['step'] <= start_step
     ]
-    path.write_text(''.join(kept))
+    partial = path.with_name(path.name + '.partial')
+    partial.write_text(''.join(kept))
+    os.replace(partial, path)  # whole or the old one, whenever it is killed
     self._lines = path.open('a')
     self._events = tensorboardX.SummaryWriter(
       str(workdir / 'tensorboard' / stage), purge_step=start_step + 1
@@ -49,6 +52,11 @@ class MetricWriter:
     self._lines.flush()
     for name, value in values.items():
       self._events.add_scalar(f'{split}/{name}', value, step)
+
+  def image(self, step, name, image):
+    """Adds a picture, uint8 (H, W, 3), to the TensorBoard events."""
+    if self._active:
+      self._events.add_image(name, image, step, dataformats='HWC')
 
   def close(self):
     if self._active:

@@ -5,7 +5,6 @@ memory, arithmetic and traffic are the compiler's own figures; the step time is
 a lower bound from the chip's peaks, never a prediction.
 """
 
-import dataclasses
 import json
 import logging
 import math
@@ -16,29 +15,10 @@ import jax
 import ml_collections
 
 from linearizer_jax import optimizer, sharding, tasks, traffic, train
+from linearizer_jax.chips import CHIPS, GIB
 from linearizer_jax.data import pipeline
 
 _log = logging.getLogger('linearizer_jax')
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-  """Published peaks of a TPU chip: bfloat16 FLOP/s, bytes/s, bytes of HBM."""
-
-  flops: float
-  bandwidth: float
-  memory: int
-  options: dict = dataclasses.field(default_factory=dict)
-
-
-MEGACORE = {'chip_config_name': 'megacore'}  # two cores that act as one device
-CHIPS = {
-  'v4': Chip(275e12, 1228e9, 32 * GIB, MEGACORE),
-  'v5e': Chip(197e12, 819e9, 16 * GIB),
-  'v5p': Chip(459e12, 2765e9, 95 * GIB, MEGACORE),
-  'v6e': Chip(918e12, 1640e9, 32 * GIB),
-}
 
 
 def plan(config, topology, out=None):

@@ -3,12 +3,12 @@
 import collections
 import logging
 import math
-import signal
+import pathlib
 import time
 
 import jax
 
-from linearizer_jax import metrics
+from linearizer_jax import hosts, metrics
 
 _log = logging.getLogger('linearizer_jax')
 
@@ -20,28 +20,59 @@ class Recorder:
     workdir, stage: of the run.
     start_step, total_steps: updates taken before, and in all.
     batch_size: images in an update.
+    profile_steps: (first update, how many) of a profiler trace.
+    max_nonfinite_steps: updates left out before the run stops.
+
+  Attributes:
+    seconds: float, of training so far.
+    flops: what a device spends in an update; `peak_flops` what it could in a
+      second. Their share of the time is recorded where both are set.
   """
 
   # Updates the host may run ahead of the devices.
   LEAD = 2
 
-  def __init__(self, workdir, stage, start_step, total_steps, batch_size):
-    first = jax.process_index() == 0
+  def __init__(
+    self,
+    workdir,
+    stage,
+    start_step,
+    total_steps,
+    batch_size,
+    profile_steps=(0, 0),
+    max_nonfinite_steps=0,
+  ):
+    first = hosts.is_first()
     self._stage, self._batch_size = stage, batch_size
+    self._allowed = max_nonfinite_steps
+    self.flops = self.peak_flops = None
+    begin, count = profile_steps
+    self._profile = range(begin, begin + count) if first else range(0)
+    self._profiling = False
+    self._events = pathlib.Path(workdir) / 'tensorboard' / stage
     self._writer = metrics.MetricWriter(workdir, stage, start_step, first)
     self._bar = metrics.progress_bar(
       stage, start_step, total_steps, batch_size, first
     )
     self._pending = collections.deque()
     self._values = {}
-    self._stop = False
-    self._old_handler = signal.signal(signal.SIGTERM, self._on_signal)
+    self._stop = hosts.StopSignal()
     self.seconds = sum(
       record['interval_seconds']
       for record in metrics.read(workdir)
       if record['stage'] == stage and 'interval_seconds' in record
     )
-    self._since, self._since_step = time.perf_counter(), start_step
+    self._start_interval(start_step)
+
+  def fetch(self, step, iterator):
+    """The batch of update `step`, with a look at the clock."""
+    if step in self._profile and not self._profiling:
+      jax.profiler.start_trace(self._events)
+      self._profiling = True
+    before = time.perf_counter()
+    batch = next(iterator)
+    self._waited += time.perf_counter() - before
+    return batch
 
   def add(self, step, values):
     """Takes an update's metrics, on the devices; looks at older ones."""
@@ -49,6 +80,8 @@ class Recorder:
     while len(self._pending) > self.LEAD:
       self._look(*self._pending.popleft())
     self._bar.update(self._batch_size)
+    if self._profiling and step + 1 not in self._profile:
+      self._end_profile()
 
   def check(self):
     """Waits for every update so far and looks at it."""
@@ -58,50 +91,77 @@ class Recorder:
   def write(self, step, values):
     """Records the update `step`, with the time since the last record."""
     self.check()
-    now = time.perf_counter()
-    interval = now - self._since
-    images = (step - self._since_step) * self._batch_size
-    self._since, self._since_step = now, step
+    interval = time.perf_counter() - self._since
+    updates = step - self._since_step
     self.seconds += interval
     timing = {
       'interval_seconds': interval,
-      'images_per_second': images / interval,
+      'images_per_second': updates * self._batch_size / interval,
+      'data_wait_share': self._waited / interval,
     }
+    if self.flops and self.peak_flops:
+      spent = updates * self.flops / interval
+      timing['flops_utilization'] = spent / self.peak_flops
+    self._start_interval(step)
     self._writer.write(step, 'train', self._values | values | timing)
-    self._bar.set_postfix(loss=f'{self._values["loss"]:.4f}')
+    if 'loss' in self._values:
+      self._bar.set_postfix(loss=f'{self._values["loss"]:.4f}')
 
   def evaluation(self, step, values):
     """Records an evaluation; its time is not training time."""
     self._writer.write(step, 'eval', values)
     _log.info('%s: step %d: %s', self._stage, step, as_line(values))
-    self._since = time.perf_counter()
-    self._since_step = step
+    self._start_interval(step)
 
-  def stop_requested(self, manager, step):
+  def image(self, step, name, image):
+    """Records a picture, uint8 (H, W, 3); its time is not training time."""
+    self._writer.image(step, name, image)
+    self._start_interval(step)
+
+  def stop_requested(self):
     """Whether SIGTERM came, to any process of the run."""
-    if jax.process_count() > 1:
-      return manager.reached_preemption(step)
-    return self._stop
+    return self._stop.requested()
 
   def close(self):
-    signal.signal(signal.SIGTERM, self._old_handler)
+    if self._profiling:
+      self._end_profile()
+    self._stop.close()
     self._bar.close()
     self._writer.close()
 
-  def _look(self, step, values):
-    self._values = {k: float(v) for k, v in jax.device_get(values).items()}
-    for name in ('loss', 'gradient_norm'):
-      if not math.isfinite(self._values[name]):
-        raise FloatingPointError(
-          f'{name} is {self._values[name]} at step {step} of stage '
-          f'{self._stage!r}. The run stops; checkpoints saved before are good. '
-          'Lower config.optimizer.learning_rate, set '
-          'config.optimizer.clip_norm, or change config.seed, and start again.'
-        )
+  def _start_interval(self, step):
+    self._since, self._since_step = time.perf_counter(), step
+    self._waited = 0.0
 
-  def _on_signal(self, number, frame):
-    del number, frame
-    self._stop = True
+  def _end_profile(self):
+    for _, values in self._pending:  # the devices lag behind
+      jax.block_until_ready(values)
+    jax.profiler.stop_trace()
+    self._profiling = False
+    _log.info('%s: profile in %s', self._stage, self._events)
+
+  def _look(self, step, values):
+    values = {k: float(v) for k, v in jax.device_get(values).items()}
+    skipped = step - round(values.pop('updates'))
+    if self._allowed:
+      values['skipped_steps'] = skipped
+    for name in ('loss', 'gradient_norm'):
+      if math.isfinite(values[name]):
+        continue
+      if not self._allowed or skipped > self._allowed:
+        raise FloatingPointError(
+          f'{name} is {values[name]} at step {step} of stage {self._stage!r}. '
+          'The run stops; checkpoints saved before are good. Lower '
+          'config.optimizer.learning_rate, set config.optimizer.clip_norm, '
+          'change config.seed, or leave out such updates '
+          '(config.optimizer.max_nonfinite_steps), and start again.'
+        )
+      _log.warning(
+        '%s: %s is %s, step %d is left out, %d of %d that may be',
+        *(self._stage, name, values[name], step, skipped, self._allowed),
+      )
+      break
+    self._values = {k: v for k, v in values.items() if math.isfinite(v)}
 
 
 def as_line(values):

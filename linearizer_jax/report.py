@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from linearizer_jax import checkpoint, figures, models, results
+from linearizer_jax import checkpoint, figures, maps, models, results
 from linearizer_jax.data import pipeline
 
 _log = logging.getLogger('linearizer_jax')
@@ -55,7 +55,7 @@ def write(config, workdir):
   figures.loss_curves(workdir, workdir / 'losses.png')
   if options['maps']:
     _draw_maps(config, workdir, dict(options['maps']), workdir / 'maps.png')
-  print(table(metric, summary, rows), f'All of it lies in {workdir}.', sep='\n')
+  print(table(metric, summary, rows), contents(config, workdir), sep='\n\n')
   return summary
 
 
@@ -83,6 +83,24 @@ def table(metric, summary, rows):
     took = sum(summary['seconds'][stage] for stage in rows.get(row, ()))
     took = f'{took:10.0f}' if row in rows else f'{"-":>10}'
     lines.append(f'{row.replace("_", " "):20}{value:10.2f}{took}')
+  return '\n'.join(lines)
+
+
+def contents(config, workdir):
+  """Where everything of a run lies, as text; what is not there is left out."""
+  places = {
+    'work directory': workdir,
+    'summary': workdir / 'summary.json',
+    'metrics': workdir / 'metrics.jsonl',
+    'losses': workdir / 'losses.png',
+    'activation maps': workdir / 'maps.png',
+  }
+  for stage in config['stages']:
+    folder = checkpoint.stage_dir(workdir, stage) / 'checkpoints'
+    places[f'checkpoints, {stage}'] = folder
+  lines = [f'{k:30} {path}' for k, path in places.items() if path.exists()]
+  if (workdir / 'tensorboard').is_dir():
+    lines.append(f'{"curves":30} tensorboard --logdir={workdir}/tensorboard')
   return '\n'.join(lines)
 
 
@@ -126,4 +144,4 @@ def _draw_maps(config, workdir, networks, path):
     loaded[name] = (model, params, stats)
   data = checkpoint.resolve_stage(config, stage)['data']
   batch = next(iter(pipeline.make_eval_batches(data, batch_size=8)))
-  figures.activation_maps(batch['image'][:4], loaded, path)
+  maps.activation_maps(batch['image'][:4], loaded, path)

@@ -62,9 +62,7 @@ def start_state(config, program, workdir, key):
     if role == 'student':
       projection = load_class_projection(config.init, workdir)
     loaded = loaded | {'head': zeroshot.head(config, projection)}
-  merged = checkpoint.merge_params(
-    params[role], loaded, source, may_lack=may_lack
-  )
+  merged = load.merge_params(params[role], loaded, source, may_lack=may_lack)
   params[role] = _placed(merged, params[role])
   return program.init_state(params)
 
@@ -96,7 +94,7 @@ def load_segment_head(params, source, workdir):
     loaded = {'heads': heads, 'batch_stats': found.get('batch_stats', {})}
   return {
     name: _placed(
-      checkpoint.merge_params(
+      load.merge_params(
         params[name], loaded[name], f'{name} of {source}', may_lack=()
       ),
       params[name],
@@ -134,19 +132,24 @@ def load_frozen(config, program, workdir, key):
   loaded = load_network(
     config, source, 'teacher', program.frozen['teacher'], workdir
   )
-  loaded = checkpoint.merge_params(
+  loaded = load.merge_params(
     program.frozen['teacher'], loaded, source, may_lack=()
   )
   return {'teacher': _placed(loaded, program.frozen['teacher'])}
 
 
 def _placed(tree, like):
-  """NumPy arrays on the devices, with the dtypes and shardings of `like`."""
-  return jax.tree.map(
-    lambda new, at: jax.device_put(np.asarray(new, at.dtype), at.sharding),
-    tree,
-    like,
-  )
+  """NumPy arrays on the devices, with the dtypes and shardings of `like`.
+
+  What is of `like` itself stays: cut over hosts, it could not be read here.
+  """
+
+  def place(new, at):
+    if new is at:
+      return at
+    return jax.device_put(np.asarray(new, at.dtype), at.sharding)
+
+  return jax.tree.map(place, tree, like)
 
 
 def load_network(config, source, role, shapes, workdir):

@@ -18,7 +18,8 @@ class TrainState(flax.struct.PyTreeNode):
   """All that training changes, and all that a checkpoint holds of it.
 
   Attributes:
-    step: int32 scalar, number of updates taken.
+    step: int32 scalar, number of updates taken; one that was left out because
+      it was not finite does not count.
     params: {'student': ..., 'heads': ...}; 'teacher' where a teacher trains.
     opt_state: of the optimizer.
     ema: exponential moving average of `params`, or None.
@@ -40,7 +41,9 @@ def constants(state, frozen):
   return frozen | {'batch_stats': state.batch_stats}
 
 
-def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
+def make_train_step(
+  task, optimizer, *, accumulate_steps=1, ema_decay=0.0, skip_nonfinite=False
+):
   """One update: (state, frozen, batch, key, rate) -> (state, metrics).
 
   The step number is folded into the key, so that a resumed run draws what the
@@ -53,11 +56,14 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
     accumulate_steps: the batch is taken in so many parts, one after the other;
       gradients are averaged.
     ema_decay: of `state.ema`; 0 keeps none.
+    skip_nonfinite: where loss or gradient is not finite the state stays as it
+      was, step number included.
 
   Returns:
-    The function; metrics are float32 scalars. The running statistics that a
-    task with batch norm gives among its metrics, as 'batch_stats', go to the
-    state; of micro-steps, their mean.
+    The function; metrics are float32 scalars, and 'updates', the int32 step
+    number after it. The running statistics that a task with batch norm gives
+    among its metrics, as 'batch_stats', go to the state; of micro-steps, their
+    mean.
   """
   value_and_grad = jax.value_and_grad(task.loss, has_aux=True)
 
@@ -105,8 +111,11 @@ def make_train_step(task, optimizer, *, accumulate_steps=1, ema_decay=0.0):
       'gradient_norm': optax.tree.norm(grads),
       'parameter_norm': optax.tree.norm(params),
     }
-    state = TrainState(state.step + 1, params, opt_state, ema, batch_stats)
-    return state, metrics
+    new = TrainState(state.step + 1, params, opt_state, ema, batch_stats)
+    if skip_nonfinite:
+      finite = jnp.isfinite(metrics['loss'] + metrics['gradient_norm'])
+      new = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    return new, metrics | {'updates': new.step}
 
   return train_step
 

@@ -18,7 +18,11 @@ import ml_collections
 
 from linearizer_jax import (
   checkpoint,
+  checksums,
+  chips,
   evaluate,
+  hosts,
+  maps,
   optimizer,
   probe,
   recorder,
@@ -47,12 +51,14 @@ def run_stage(config, workdir, devices=None, shared=None):
 
   Raises:
     ValueError: the config does not fit itself, the data or the devices.
-    FloatingPointError: loss or gradient is not finite; names the step.
+    FloatingPointError: loss or gradient is not finite, more often than
+      `optimizer.max_nonfinite_steps` allows; names the step.
+    OSError: a checkpoint could not be written; those before are good.
     SystemExit: SIGTERM came; the state was saved.
   """
   stage = config['stage']
   directory = checkpoint.stage_dir(workdir, stage)
-  if (directory / 'result.json').is_file():
+  if hosts.as_first_sees((directory / 'result.json').is_file()):
     result = checkpoint.read_json(directory / 'result.json')
     _log.info('%s: done before: %s', stage, recorder.as_line(result))
     return result
@@ -78,6 +84,7 @@ def run_stage(config, workdir, devices=None, shared=None):
   steps_per_epoch = pipeline.num_train_examples(data) / batch_size
   total_steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
   eval_every = round(config.log.eval_every_epochs * steps_per_epoch)
+  draw_every = round(config.log.images_every_epochs * steps_per_epoch)
 
   # ---------------------------------------------------- models and programs
   rates = optimizer.learning_rates(config, total_steps, steps_per_epoch)
@@ -90,12 +97,13 @@ def run_stage(config, workdir, devices=None, shared=None):
   seeds = jax.random.split(jax.random.key(config.seed), 4)
   init_key, train_key, eval_key, teacher_key = seeds
   frozen = start.load_frozen(config, program, workdir, teacher_key)
-  manager = checkpoint.open_manager(
-    directory / 'checkpoints', config.checkpoint
-  )
+  saved = directory / 'checkpoints'
+  checksums.set_aside_damaged(saved)
+  manager = checkpoint.open_manager(saved, config.checkpoint)
   start_step = manager.latest_step() or 0
   if start_step:
-    state = checkpoint.restore(manager, start_step, program.state, iterator)
+    state = checkpoint.restore(manager, start_step, program.state)
+    iterator.set_state({'step': start_step})
     _log.info('%s: goes on after step %d', stage, start_step)
   else:
     state = start.start_state(config, program, workdir, init_key)
@@ -107,9 +115,16 @@ def run_stage(config, workdir, devices=None, shared=None):
   )
 
   # ------------------------------------------------------------------ loop
+  draw = None
+  if draw_every:
+    task = tasks.make_task(config, mesh, num_classes)
+    draw = maps.map_drawer(task, mesh, data, share)
   record = recorder.Recorder(
-    workdir, stage, start_step, total_steps, batch_size
+    *(workdir, stage, start_step, total_steps, batch_size),
+    profile_steps=config.log.profile_steps,
+    max_nonfinite_steps=config.optimizer.max_nonfinite_steps,
   )
+  record.peak_flops = chips.peak_flops(mesh.devices.flat[0])
   results = None
 
   def run_evaluation(step):
@@ -145,32 +160,39 @@ def run_stage(config, workdir, devices=None, shared=None):
 
   try:
     for step in range(start_step + 1, total_steps + 1):
-      batch = sharding.global_batch(mesh, next(iterator))
-      rate = rates[step - 1]
-      state, values = program.train_step(state, frozen, batch, train_key, rate)
+      batch = sharding.global_batch(mesh, record.fetch(step, iterator))
+      arguments = frozen, batch, train_key, rates[step - 1]
+      if step == start_step + 1:  # all compile before any waits for another
+        record.flops = chips.step_flops(program.train_step, state, *arguments)
+        hosts.wait_for_all('compiled')
+      state, values = program.train_step(state, *arguments)
       record.add(step, values)
       if due(step, config.log.every_steps):
-        record.write(step, {'learning_rate': float(rate)})
+        record.write(step, {'learning_rate': float(rates[step - 1])})
+      if draw and due(step, draw_every):
+        record.image(step, 'maps', draw(state.params, frozen))
       tracked = None
       if due(step, eval_every):
         results = run_evaluation(step)
         tracked = checkpoint.improvement(manager, config.checkpoint, results)
-      stopping = record.stop_requested(manager, step)
+      stopping = record.stop_requested()
       if stopping or tracked or due(step, config.checkpoint.every_steps):
         record.check()
-        checkpoint.save(manager, step, state, iterator, tracked)
+        checkpoint.save(manager, step, state, tracked)
       if stopping and step < total_steps:
         _log.info('%s: stopped by a signal, step %d is saved', stage, step)
         sys.exit(128 + signal.SIGTERM)
     if results is None:  # stopped between the last save and the result
       results = run_evaluation(total_steps)
   finally:
-    manager.close()  # a save under way is finished whatever happened
-    iterator.close()
-    record.close()
+    try:
+      checkpoint.close(manager)  # a save under way is finished whatever happens
+    finally:
+      iterator.close()
+      record.close()
 
   result = results | {'seconds': record.seconds, 'steps': total_steps}
-  if jax.process_index() == 0:
+  if hosts.is_first():
     checkpoint.write_json(directory / 'result.json', result)
   return result
 
@@ -308,6 +330,7 @@ def make_programs(config, task, tx, mesh):
     tx,
     accumulate_steps=config.parallel.accumulate_steps,
     ema_decay=ema_decay,
+    skip_nonfinite=config.optimizer.max_nonfinite_steps > 0,
   )
   return Programs(
     state=state,

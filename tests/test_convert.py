@@ -443,7 +443,7 @@ def test_training_starts_from_released_weights(student_run, tmp_path):
     'mask_token': np.ones((1, 1, 64), np.float32),
     'head': {'kernel': np.zeros((64, 3)), 'bias': np.zeros(3)},
   }
-  merged = checkpoint.merge_params(
+  merged = load.merge_params(
     target, found, 'out', may_lack=('head', 'mask_token')
   )
   np.testing.assert_array_equal(merged['mask_token'], target['mask_token'])

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from test_benchmark import results  # noqa: F401 (a fixture)
 
-from linearizer_jax import figures, models
+from linearizer_jax import figures, maps, models
 from linearizer_jax.convert import load
 from linearizer_jax.models.teachers import IMAGENET
 
@@ -41,18 +41,19 @@ def pictures(n=2):
 def test_similarity_is_the_cosine_of_features(networks):
   model, params, stats = networks['vit']
   images = pictures(1)
-  found = figures.similarity(images, model, params, stats, blocks=(0, -1))
+  found = maps.similarity(images, model, params, stats, blocks=(0, -1))
   assert list(found) == [0, 1]
   assert found[1].shape == (1, 4, 6, 4, 6)
   mean, std = np.float32(stats[0]), np.float32(stats[1])
-  maps = models.features(
+  features = models.features(
     model, {'params': params}, (images / np.float32(255) - mean) / std
   )
-  a, b = maps['block01'][0, 2, 5], maps['block01'][0, 0, 1]
+  features = features['block01'][0]
+  a, b = features[2, 5], features[0, 1]
   cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
   assert found[1][0, 2, 5, 0, 1] == pytest.approx(float(cosine), abs=1e-5)
   with pytest.raises(ValueError, match=r'blocks \[2\] .* of 2'):
-    figures.similarity(images, model, params, stats, blocks=(2,))
+    maps.similarity(images, model, params, stats, blocks=(2,))
 
 
 def test_maps_of_stages_and_queries(networks, tmp_path, monkeypatch, capsys):

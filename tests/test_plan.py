@@ -6,7 +6,7 @@ import json
 import pytest
 
 from configs import distill_base
-from linearizer_jax import checkpoint, plan, traffic
+from linearizer_jax import checkpoint, chips, plan, traffic
 
 KEYS = {
   'memory_bytes_per_chip',
@@ -36,7 +36,7 @@ def compiler(monkeypatch):
     found = held, 2e12 * batch, 1e9 * batch, sources
     return found if held <= memory else None
 
-  chip = plan.Chip(flops=1e14, bandwidth=1e11, memory=1000)
+  chip = chips.Chip(flops=1e14, bandwidth=1e11, memory=1000)
   monkeypatch.setattr(plan, '_slice', lambda topology: (chip, range(4)))
   monkeypatch.setattr(plan, '_compile', compile_)
   return compiled

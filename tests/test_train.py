@@ -11,8 +11,9 @@ import time
 import jax
 import numpy as np
 import pytest
+from tiny import get_config
 
-from configs import common, digits
+from configs import digits
 from linearizer_jax import checkpoint, metrics, recorder, report, train
 from linearizer_jax.tasks import classify
 
@@ -20,19 +21,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def tiny(task='classify', /, **changes):
-  """A run of one stage on generated images that compiles fast."""
-  config = common.smoke(common.base())
-  config.task = task
-  config.stages = ('stage',)
-  config.steps = 6
-  config.data.color_jitter = 0.1
-  config.student.name = 'vit_tiny_patch16'
-  config.student.head_dim = config.student.state_dim = None
-  config.student.num_heads = 2
-  for role in ('student', 'teacher'):
-    config[role].width, config[role].depth = 16, 2
-    config[role].dtype = 'float32'
-  config.distill.num_stages = 2
+  """tests/tiny.py with some fields changed, as a dict."""
+  config = get_config(task)
   config.update_from_flattened_dict(changes)
   return config.to_dict()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import traverse_util
 from PIL import Image, ImageOps
 
 from linearizer_jax import checkpoint, models
@@ -36,6 +38,8 @@ PACKAGED = {
 WEIGHTS_FOLDER = pathlib.Path(__file__).parent.parent / 'weights'
 # Of the folder of one of them: it is in every installation.
 PACKAGED_BYTES = 8_000_000
+
+_log = logging.getLogger('linearizer_jax')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +237,7 @@ def _from_workdir(path, role, stage, step, ema, overrides):
   if not fields['num_classes']:
     params.pop('head', None)
   model, (mean, std) = models.from_config(config, role, **fields)
-  params = checkpoint.merge_params(_shapes(model), params, path, may_lack=())
+  params = merge_params(_shapes(model), params, path, may_lack=())
   size = as_pair(config.data.image_size)
   crop = config.data.eval_crop
   preprocess = Preprocessing(size, mean, std, crop)
@@ -281,6 +285,54 @@ def _from_tensors(path, tensors, legacy, overrides):
     FAMILIES['adventurer'], tensors, _shapes(model), path
   )
   return Loaded(model, {'params': params}, preprocess)
+
+
+def merge_params(target, loaded, source, may_lack=('head',)):
+  """Loaded parameters completed by fresh ones, where that is meant to be.
+
+  Args:
+    target: parameter tree of the network that will run: arrays, or shapes
+      where nothing may be lacking.
+    loaded: parameter tree from elsewhere.
+    source: where from, for the error.
+    may_lack: top-level names taken from `target` where `loaded` lacks them or
+      holds another shape. A head and a mask token left over are dropped.
+
+  Returns:
+    A tree like `target`.
+
+  Raises:
+    ValueError: other differences, all of them by name.
+  """
+  target, found = (
+    traverse_util.flatten_dict(tree, keep_empty_nodes=True, sep='/')
+    for tree in (target, loaded)
+  )
+  merged, missing, wrong = {}, [], []
+  for name, leaf in target.items():
+    fits = name in found and np.shape(found[name]) == leaf.shape
+    if fits:
+      merged[name] = found[name]
+    elif name.split('/')[0] in may_lack:
+      merged[name] = leaf
+      _log.info('%s has no fitting %s: it starts fresh', source, name)
+    elif name in found:
+      wrong.append(f'{name} {np.shape(found[name])}, expected {leaf.shape}')
+    else:
+      missing.append(name)
+  extra = [
+    name
+    for name in found.keys() - target.keys()
+    if name.split('/')[0] not in ('head', 'mask_token')
+  ]
+  if missing or extra or wrong:
+    shown = lambda names: tables.listed(sorted(names)) or 'none'  # noqa: E731
+    raise ValueError(
+      f'{source} does not fit the model. Missing: {shown(missing)}; extra: '
+      f'{shown(extra)}; of another shape: {shown(wrong)}. Choose the model these '
+      'weights were made for (config.student, config.teacher) or other weights.'
+    )
+  return traverse_util.unflatten_dict(merged, sep='/')
 
 
 def resize_pos_embed(positions, old_grid, grid, *, legacy=False):

@@ -130,7 +130,7 @@ def to_state_dict(table, params):
   nameless = sorted(paths.keys() - rows.keys())
   if nameless:
     raise ValueError(
-      f'{_listed(nameless)} cannot be written: the table of names has no row '
+      f'{listed(nameless)} cannot be written: the table of names has no row '
       'for these parameters.'
     )
   tensors = {}
@@ -182,7 +182,7 @@ def from_state_dict(tables, tensors, shapes, source='the given tensors'):
   broken = sorted(p for p, x in params.items() if not np.isfinite(x).all())
   if broken:
     raise ValueError(
-      f'{source} holds NaN or infinite values in {_listed(broken)}. The file '
+      f'{source} holds NaN or infinite values in {listed(broken)}. The file '
       'is damaged, or comes from a run that diverged: take another one.'
     )
   return _nested(params)
@@ -219,7 +219,7 @@ def _refuse_mismatch(expected, found, nameless, ignored, source):
     if name in found and np.shape(found[name]) != shape
   ]
   parts = [
-    f'{label}: {_listed(names)}'
+    f'{label}: {listed(names)}'
     for label, names in (
       ('missing', missing),
       ('extra', extra),
@@ -235,7 +235,7 @@ def _refuse_mismatch(expected, found, nameless, ignored, source):
     )
 
 
-def _listed(names):
+def listed(names):
   """The first names, and how many more there are."""
   more = f' and {len(names) - SHOWN} more' if len(names) > SHOWN else ''
   return ', '.join(names[:SHOWN]) + more

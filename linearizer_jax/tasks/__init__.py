@@ -34,6 +34,22 @@ def label_struct(config):
   return (), 'int32'
 
 
+def networks(task, params, frozen):
+  """{role: (Module, params, (mean, std), (H, W) of its input or None)}.
+
+  None stands for the size of the images.
+  """
+  if isinstance(task, Distill):
+    teacher = task.teacher, frozen['teacher'], task.teacher_stats
+    student = task.student, params['student'], task.student_stats
+    return {
+      'teacher': (*teacher, task.teacher_size),
+      'student': (*student, None),
+    }
+  model = task.model.backbone if isinstance(task, Segment) else task.model
+  return {task.role: (model, params[task.role], (task.mean, task.std), None)}
+
+
 def make_task(config, mesh, num_classes):
   """The task of a stage, from the tables of models.
 
