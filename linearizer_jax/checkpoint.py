@@ -11,7 +11,6 @@ processes. All processes save their part; one alone can read (`load_params`).
 
 import contextlib
 import json
-import logging
 import os
 import pathlib
 
@@ -38,8 +37,6 @@ FREE_TO_CHANGE = (
   'report.',
   'optimizer.max_nonfinite_steps',
 )
-
-_log = logging.getLogger('linearizer_jax')
 
 
 class _Manager(ocp.CheckpointManager):

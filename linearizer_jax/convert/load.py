@@ -329,8 +329,9 @@ def merge_params(target, loaded, source, may_lack=('head',)):
     shown = lambda names: tables.listed(sorted(names)) or 'none'  # noqa: E731
     raise ValueError(
       f'{source} does not fit the model. Missing: {shown(missing)}; extra: '
-      f'{shown(extra)}; of another shape: {shown(wrong)}. Choose the model these '
-      'weights were made for (config.student, config.teacher) or other weights.'
+      f'{shown(extra)}; of another shape: {shown(wrong)}. Choose the model '
+      'these weights were made for (config.student, config.teacher) or other '
+      'weights.'
     )
   return traverse_util.unflatten_dict(merged, sep='/')
 
