@@ -5,6 +5,7 @@ follows a colon goes to the config file, `--config=configs/digits.py:smoke`.
 """
 
 import os
+import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -74,5 +75,17 @@ def _default_workdir():
   return os.path.join('runs', '_'.join(filter(None, (stem, argument))))
 
 
+def _ask_for_huge_pages():
+  """Starts this process anew with glibc told to take its memory in huge pages.
+
+  An update on a CPU takes its buffers from the system and gives them back. In
+  pages of 4 kB that is up to a quarter of its time.
+  """
+  if sys.platform == 'linux' and 'GLIBC_TUNABLES' not in os.environ:
+    os.environ['GLIBC_TUNABLES'] = 'glibc.malloc.hugetlb=1'
+    os.execv(sys.executable, sys.orig_argv)
+
+
 if __name__ == '__main__':
+  _ask_for_huge_pages()
   app.run(main)
