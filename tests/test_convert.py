@@ -363,9 +363,13 @@ def test_released_checkpoint(tmp_path):
 
   path = tmp_path / 'released.pth'
   args = argparse.Namespace(lr=1e-3)
-  saved = {'model': tensors(raw), 'model_ema': tensors(average), 'args': args}
-  torch.save(saved, path)
-  for ema, expected in ((True, average), (False, raw)):
+  saved = {'model': tensors(raw), 'args': args}
+  for kept, ema, expected in (
+    (tensors(average), True, average),
+    (tensors(average), False, raw),
+    (None, True, raw),
+  ):
+    torch.save(saved | {'model_ema': kept}, path)
     loaded = load.load(path, ema=ema)
     found = loaded.variables['params']
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -427,6 +431,16 @@ def test_load_from_a_run(student_run):
     linearizer_jax.features(model, variables, wide, blocks=(2,))
   headless = linearizer_jax.load(run, num_classes=0)
   assert headless.model.apply(headless.variables, images)[0] is None
+  # What is asked for goes before the config of the run.
+  other, changed, preprocess = linearizer_jax.load(
+    run, dtype='bfloat16', flip_blocks='alternate', image_size=48
+  )
+  assert (other.dtype, other.flip_blocks) == (jnp.bfloat16, 'alternate')
+  assert preprocess(picture).shape == (1, 48, 48, 3)
+  old, new = params['pos_embed'], changed['params']['pos_embed']
+  grids = (model.image_size // model.patch_size, 48 // model.patch_size)
+  expected = load.resize_pos_embed(old, *((side, side) for side in grids))
+  np.testing.assert_array_equal(new, expected)
 
 
 def test_training_starts_from_released_weights(student_run, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from linearizer_jax.models import create_model, vit
+from linearizer_jax.models import create_model, transformer, vit
 from linearizer_jax.models.layers import as_pair, resize_positions
 from linearizer_jax.models.vit import ViT
 
@@ -179,7 +179,7 @@ def test_layer_norm_is_float32_inside(dtype, tolerance):
   x = rng.standard_normal((4, 256), np.float32)
   x[:, 7] = 60.0
   x[2:] += 100.0
-  norm = vit.LayerNorm(1e-6, dtype, None)
+  norm = transformer.LayerNorm(1e-6, dtype)
   y = norm.apply(norm.init(jax.random.key(0), x), x)
   exact = x.astype(np.float64)
   exact -= exact.mean(-1, keepdims=True)
