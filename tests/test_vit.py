@@ -147,12 +147,17 @@ def test_masked_patches_cannot_be_seen():
   assert np.abs(seen['block00'] - out['block00']).max() > 0.1
 
 
-def test_mask_without_mask_token_is_refused():
+def test_bad_masks_are_refused():
   model = ViT(**SMALL)
   images = random_images(1, 16, 16)
   mask = np.zeros((1, 16), bool)
   with pytest.raises(ValueError, match='use_mask_token=True'):
     jax.eval_shape(model.apply, {'params': shapes_of(model)}, images, mask)
+  model = ViT(**SMALL, use_mask_token=True)
+  with pytest.raises(ValueError, match=r'shape \(1, 1\), .* \(1, 16\) patch'):
+    jax.eval_shape(
+      model.apply, {'params': shapes_of(model)}, images, mask[:, :1]
+    )
 
 
 @pytest.mark.parametrize(
