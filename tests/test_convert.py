@@ -230,6 +230,8 @@ def test_flips_groups_and_gradients(flips, tmp_path, caplog):
   other = torch_adventurer.load(tmp_path / 'out')
 
   images = images_of(model, (32, 32))
+  with pytest.raises(ValueError, match='32 x 34 pixels: both'):
+    other(torch.zeros(1, 3, 32, 34))  # a convolution would drop two columns
   other(nchw(images)).square().mean().backward()
 
   def loss(params):
