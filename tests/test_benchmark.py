@@ -274,4 +274,6 @@ def test_torch_student_against_a_plain_vit(tmp_path, monkeypatch):
 
 def test_wrong_arguments(capsys):
   assert '512x' in __main__.main(['--sizes=512x'])
+  assert "'0x224'" in __main__.main(['--sizes=0x224'])
+  assert 'takes no --dtype' in __main__.main(['--torch', '--dtype=bfloat16'])
   assert 'no such file' in __main__.main(['--table=/none.json']).lower()

@@ -78,7 +78,8 @@ def export(source, out, *, stage=None, step=None, onnx=False):
     ImportError: torch, or what ONNX needs, is not installed.
   """
   with _whole_folder(out) as folder:
-    loaded = load.load(source, stage=stage, step=step, dtype='float32')
+    exact = dict(dtype='float32', residual_dtype='float32')
+    loaded = load.load(source, stage=stage, step=step, **exact)
     backbone = _backbone(loaded.model)
     if not isinstance(backbone, Adventurer):
       raise ValueError(
