@@ -312,17 +312,24 @@ def test_export_and_import_are_bit_equal(student_run, tmp_path, capsys):
   assert again.preprocess == load.load(run).preprocess
 
 
+def test_a_run_below_the_home_directory_is_named(student_run, monkeypatch):
+  run, _, _ = student_run
+  monkeypatch.setenv('HOME', str(run.parent))
+  assert export._provenance(f'~/{run.name}', None, None)['step'] == 3
+
+
 def test_mask_token_is_never_written(student_run, tmp_path):
   _, params, _ = student_run
   params = params | {'mask_token': np.ones((1, 1, 64), np.float32)}
   params.pop('head')
-  # Trained in bfloat16; what is exported is compared in float32.
+  # Trained on a TPU; what is exported is compared on a CPU in float32.
   run, _ = workdir_with(
     tmp_path / 'run',
     params,
     'distill',
     dtype='bfloat16',
     residual_dtype='bfloat16',
+    ssd_implementation='pallas_tpu',
   )
   assert export.export(run, tmp_path / 'out')[export.WEIGHTS] <= TOLERANCE
   tensors = load_file(tmp_path / 'out' / 'model.safetensors')

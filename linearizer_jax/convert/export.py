@@ -182,7 +182,8 @@ def _package(folder, name):
 
 def _provenance(source, stage, step):
   """The run behind a work directory: its config, and what it measured."""
-  if not any(pathlib.Path(source).glob('*/checkpoints')):
+  source = pathlib.Path(source).expanduser()  # as `load` reads it
+  if not any(source.glob('*/checkpoints')):
     return {}
   info = checkpoint.describe(source, stage=stage, step=step)
   info['config']['data']['data_dir'] = None  # a place on one machine

@@ -228,6 +228,8 @@ def _from_workdir(path, role, stage, step, ema, overrides):
   )
   config = ml_collections.ConfigDict(info['config'])
   role = role or info['role']
+  # Chosen for the machine that trained it.
+  config[role].ssd_implementation = None
   params.pop('mask_token', None)
   classes = params['head']['kernel'].shape[1] if 'head' in params else 0
   fields = {'num_classes': classes} | overrides
