@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import time
+import types
 
 import jax
 import pytest
@@ -141,6 +142,44 @@ def small(monkeypatch):
   monkeypatch.setattr(models, 'create_model', create_small)
 
 
+class Clock:
+  """Time, which passes in calls of networks alone."""
+
+  now = 0.0
+
+  def monotonic(self):
+    return self.now
+
+
+@pytest.mark.parametrize(('seconds', 'timed'), [(6, True), (5.5, False)])
+def test_rounds_end_before_the_deadline(monkeypatch, seconds, timed):
+  """Two calls to see how long one takes, one to warm up, three rounds."""
+  clock = Clock()
+  monkeypatch.setattr(programs, 'time', clock)
+
+  def call():
+    clock.now += 1
+
+  figures = {'memory_gib': 1.0, 'xla_gflop_per_image': 1.0}
+  program = types.SimpleNamespace(
+    figures=figures, device=jax.devices()[0], start=lambda: call
+  )
+  case = programs.Case(
+    STUDENT, 'student', None, (224, 224), 1, 'one', 'inference', 'float32'
+  )
+  (found,) = programs.measure({case: program}, 0, seconds, limit_gib=2)
+  assert (found['reason'] is None) == timed
+  assert clock.now == (6 if timed else 2)
+
+
+def test_a_host_lends_half_its_memory(monkeypatch):
+  """Not every system knows SC_AVPHYS_PAGES."""
+  device = types.SimpleNamespace(memory_stats=lambda: None)
+  known = {'SC_PHYS_PAGES': 1000, 'SC_PAGE_SIZE': 4096}
+  monkeypatch.setattr(programs.os, 'sysconf', known.__getitem__)
+  assert programs.memory_limit(device) == 500 * 4096
+
+
 def test_what_runs_and_what_does_not(small):
   device = jax.devices()[0]
   measure = functools.partial(
@@ -181,15 +220,6 @@ def test_what_runs_and_what_does_not(small):
   program.start = fail
   (failed,) = programs.measure({case: program}, 0, late, limit_gib=1)
   assert failed['reason'].endswith('RESOURCE_EXHAUSTED: out of memory')
-
-
-class Clock:
-  """Time, which passes in calls of networks alone."""
-
-  now = 0.0
-
-  def monotonic(self):
-    return self.now
 
 
 class Network:

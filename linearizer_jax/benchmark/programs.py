@@ -178,7 +178,8 @@ def measure(programs, seconds, deadline, limit_gib):
       continue
     row['device_peak_gib'] = after / GIB if after > before else None
     # The fewest rounds, and one before them to warm up.
-    if began + (1 + bench.ROUNDS[0]) * len(programs) * once > deadline:
+    turns = (1 + bench.ROUNDS[0]) * len(programs)
+    if time.monotonic() + turns * once > deadline:
       row['reason'] = f'one call takes {once:.1f} s, more than is left'
       del calls[id(row)]
   timed = [row for row in rows if id(row) in calls]
