@@ -205,34 +205,4 @@ def load_network(config, source, role, shapes, workdir):
   (old, _), (new, _) = (
     models.from_config(c, role) for c in (old_config, config)
   )
-  return fit_positions(params, old, new)
-
-
-def fit_positions(params, old, new):
-  """Brings position embeddings to the grid of another image size.
-
-  Bicubic, as `layers.resize_positions`; the class token keeps its own.
-
-  Args:
-    params: of `old`, NumPy arrays.
-    old, new: networks of one family, of whatever image and patch size.
-
-  Returns:
-    `params`, with positions for the image size of `new`.
-  """
-  grids = [
-    layers.patch_grid(layers.as_pair(m.image_size), m.patch_size)
-    for m in (old, new)
-  ]
-  if grids[0] == grids[1]:
-    return params
-  _log.info('positions are resized from %s to %s patches', *grids)
-  if 'pos_embed' in params:
-    positions = load.resize_pos_embed(params['pos_embed'], *grids)
-    return params | {'pos_embed': positions}
-  positions = params['positional_embedding']
-  patches = layers.resize_positions(
-    positions[None, int(old.class_token) :], *grids, old.position_antialias
-  )[0]
-  front = positions[: int(old.class_token)]
-  return params | {'positional_embedding': np.concatenate([front, patches])}
+  return load.fit_positions(params, old, new)

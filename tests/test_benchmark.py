@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import time
+import types
 
 import jax
 import pytest
@@ -141,6 +142,44 @@ def small(monkeypatch):
   monkeypatch.setattr(models, 'create_model', create_small)
 
 
+class Clock:
+  """Time, which passes in calls of networks alone."""
+
+  now = 0.0
+
+  def monotonic(self):
+    return self.now
+
+
+@pytest.mark.parametrize(('seconds', 'timed'), [(6, True), (5.5, False)])
+def test_rounds_end_before_the_deadline(monkeypatch, seconds, timed):
+  """Two calls to see how long one takes, one to warm up, three rounds."""
+  clock = Clock()
+  monkeypatch.setattr(programs, 'time', clock)
+
+  def call():
+    clock.now += 1
+
+  figures = {'memory_gib': 1.0, 'xla_gflop_per_image': 1.0}
+  program = types.SimpleNamespace(
+    figures=figures, device=jax.devices()[0], start=lambda: call
+  )
+  case = programs.Case(
+    STUDENT, 'student', None, (224, 224), 1, 'one', 'inference', 'float32'
+  )
+  (found,) = programs.measure({case: program}, 0, seconds, limit_gib=2)
+  assert (found['reason'] is None) == timed
+  assert clock.now == (6 if timed else 2)
+
+
+def test_a_host_lends_half_its_memory(monkeypatch):
+  """Not every system knows SC_AVPHYS_PAGES."""
+  device = types.SimpleNamespace(memory_stats=lambda: None)
+  known = {'SC_PHYS_PAGES': 1000, 'SC_PAGE_SIZE': 4096}
+  monkeypatch.setattr(programs.os, 'sysconf', known.__getitem__)
+  assert programs.memory_limit(device) == 500 * 4096
+
+
 def test_what_runs_and_what_does_not(small):
   device = jax.devices()[0]
   measure = functools.partial(
@@ -183,7 +222,60 @@ def test_what_runs_and_what_does_not(small):
   assert failed['reason'].endswith('RESOURCE_EXHAUSTED: out of memory')
 
 
-def test_torch_student_against_a_plain_vit(tmp_path):
+class Network:
+  """Takes a millisecond for each MFLOP."""
+
+  def __init__(self, clock, module, size):
+    self.clock, self.gflop = clock, flops.forward(module, size) / 1e9
+
+  def eval(self):
+    return self
+
+  def __call__(self, images):
+    self.clock.now += self.gflop * len(images)
+
+
+# A call of each: one image and eight of 32 pixels, of 128 pixels.
+@pytest.mark.parametrize(
+  ('budget', 'timed'), [(0, 1), (0.1, 2), (0.95, 3), (1.01, 4), (9, 4)]
+)
+def test_torch_keeps_its_budget(small, monkeypatch, budget, timed):
+  """In units of a call of everything."""
+  pytest.importorskip('torch')
+  from linearizer_jax.benchmark import torch_cpu
+
+  clock = Clock()
+  monkeypatch.setattr(torch_cpu, 'time', clock)
+  monkeypatch.setattr(torch_cpu, 'as_torch', functools.partial(Network, clock))
+  sizes = [(32, 32), (128, 128)]
+  modules = [models.create_model(name, num_classes=1000) for name in SMALL]
+  costs = [
+    batch * sum(flops.forward(m, size) for m in modules) / 1e9
+    for size in sizes
+    for batch in (1, 8)
+  ]
+  found = torch_cpu.run(list(SMALL), sizes, seconds=budget * sum(costs))
+  assert clock.now <= 1.001 * max(budget * sum(costs), costs[0])
+  rows = found['rows']
+  assert sum(r['reason'] is None for r in rows) == 2 * timed
+  for r in rows:
+    if r['reason']:
+      assert r['reason'].endswith('s, more than is left')
+      assert r['images_per_second'] is None
+    else:
+      assert r['repeats'] >= 1
+      assert r['milliseconds'] == pytest.approx(
+        r['batch'] * r['gflop_per_image'] * 1e3
+      )
+  if budget == 9:  # what is left over is spent on repeats
+    assert clock.now > 4 * sum(costs)
+    assert rows[0]['repeats'] == torch_cpu.MOST
+    assert f'| {rows[-1]["repeats"]} |' in summary.markdown(
+      found | {'command': ''}
+    )
+
+
+def test_torch_student_against_a_plain_vit(tmp_path, monkeypatch):
   torch = pytest.importorskip('torch')
   from linearizer_jax.benchmark import torch_cpu
 
@@ -191,9 +283,13 @@ def test_torch_student_against_a_plain_vit(tmp_path):
   network = torch_cpu.as_torch(module, (224, 224))
   # As timm's vit_tiny_patch16_224.
   assert sum(p.numel() for p in network.parameters()) == 5_717_416
+  assert '30 x 30 pixels cannot be cut' in __main__.main(
+    ['--torch', '--sizes=30']
+  )
   out = tmp_path / 'torch.json'
+  monkeypatch.setattr(torch_cpu, 'MOST', 1)
   assert not __main__.main(
-    ['--torch', '--sizes=32', '--seconds=0', f'--out={out}',
+    ['--torch', '--sizes=32', '--seconds=1e5', f'--out={out}',
      f'--models={",".join(SMALL)}']
   )  # fmt: skip
   found = json.loads(out.read_text())
@@ -202,9 +298,12 @@ def test_torch_student_against_a_plain_vit(tmp_path):
     (model, batch) for batch in (1, 8) for model in SMALL
   ]
   assert all(r['images_per_second'] > 0 for r in found['rows'])
+  assert all(r['repeats'] == 1 for r in found['rows'])
   assert out.with_suffix('.png').stat().st_size > 10_000
 
 
 def test_wrong_arguments(capsys):
   assert '512x' in __main__.main(['--sizes=512x'])
+  assert "'0x224'" in __main__.main(['--sizes=0x224'])
+  assert 'takes no --dtype' in __main__.main(['--torch', '--dtype=bfloat16'])
   assert 'no such file' in __main__.main(['--table=/none.json']).lower()

@@ -115,9 +115,10 @@ def nchw(images):
   return torch.from_numpy(np.transpose(images, (0, 3, 1, 2)).copy())
 
 
-def workdir_with(path, params, stage='finetune', step=3):
+def workdir_with(path, params, stage='finetune', step=3, **student):
   """A work directory of a digits run whose last stage holds `params`."""
   config = digits.get_config('smoke').to_dict()
+  config['student'] |= student
   checkpoint.claim_workdir(path, config)
   directory = checkpoint.stage_dir(path, stage)
   checkpoint.save_params(directory / 'checkpoints', step, {'student': params})
@@ -230,6 +231,8 @@ def test_flips_groups_and_gradients(flips, tmp_path, caplog):
   other = torch_adventurer.load(tmp_path / 'out')
 
   images = images_of(model, (32, 32))
+  with pytest.raises(ValueError, match='32 x 34 pixels: both'):
+    other(torch.zeros(1, 3, 32, 34))  # a convolution would drop two columns
   other(nchw(images)).square().mean().backward()
 
   def loss(params):
@@ -309,12 +312,26 @@ def test_export_and_import_are_bit_equal(student_run, tmp_path, capsys):
   assert again.preprocess == load.load(run).preprocess
 
 
+def test_a_run_below_the_home_directory_is_named(student_run, monkeypatch):
+  run, _, _ = student_run
+  monkeypatch.setenv('HOME', str(run.parent))
+  assert export._provenance(f'~/{run.name}', None, None)['step'] == 3
+
+
 def test_mask_token_is_never_written(student_run, tmp_path):
   _, params, _ = student_run
   params = params | {'mask_token': np.ones((1, 1, 64), np.float32)}
   params.pop('head')
-  run, _ = workdir_with(tmp_path / 'run', params, 'distill')
-  export.export(run, tmp_path / 'out')
+  # Trained on a TPU; what is exported is compared on a CPU in float32.
+  run, _ = workdir_with(
+    tmp_path / 'run',
+    params,
+    'distill',
+    dtype='bfloat16',
+    residual_dtype='bfloat16',
+    ssd_implementation='pallas_tpu',
+  )
+  assert export.export(run, tmp_path / 'out')[export.WEIGHTS] <= TOLERANCE
   tensors = load_file(tmp_path / 'out' / 'model.safetensors')
   assert not {'mask_token', 'head.weight'} & set(tensors)
   model = torch_adventurer.load(tmp_path / 'out')
@@ -363,9 +380,13 @@ def test_released_checkpoint(tmp_path):
 
   path = tmp_path / 'released.pth'
   args = argparse.Namespace(lr=1e-3)
-  saved = {'model': tensors(raw), 'model_ema': tensors(average), 'args': args}
-  torch.save(saved, path)
-  for ema, expected in ((True, average), (False, raw)):
+  saved = {'model': tensors(raw), 'args': args}
+  for kept, ema, expected in (
+    (tensors(average), True, average),
+    (tensors(average), False, raw),
+    (None, True, raw),
+  ):
+    torch.save(saved | {'model_ema': kept}, path)
     loaded = load.load(path, ema=ema)
     found = loaded.variables['params']
     jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -427,6 +448,16 @@ def test_load_from_a_run(student_run):
     linearizer_jax.features(model, variables, wide, blocks=(2,))
   headless = linearizer_jax.load(run, num_classes=0)
   assert headless.model.apply(headless.variables, images)[0] is None
+  # What is asked for goes before the config of the run.
+  other, changed, preprocess = linearizer_jax.load(
+    run, dtype='bfloat16', flip_blocks='alternate', image_size=48
+  )
+  assert (other.dtype, other.flip_blocks) == (jnp.bfloat16, 'alternate')
+  assert preprocess(picture).shape == (1, 48, 48, 3)
+  old, new = params['pos_embed'], changed['params']['pos_embed']
+  grids = (model.image_size // model.patch_size, 48 // model.patch_size)
+  expected = load.resize_pos_embed(old, *((side, side) for side in grids))
+  np.testing.assert_array_equal(new, expected)
 
 
 def test_training_starts_from_released_weights(student_run, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from linearizer_jax.models import create_model, vit
+from linearizer_jax.models import create_model, transformer, vit
 from linearizer_jax.models.layers import as_pair, resize_positions
 from linearizer_jax.models.vit import ViT
 
@@ -147,12 +147,17 @@ def test_masked_patches_cannot_be_seen():
   assert np.abs(seen['block00'] - out['block00']).max() > 0.1
 
 
-def test_mask_without_mask_token_is_refused():
+def test_bad_masks_are_refused():
   model = ViT(**SMALL)
   images = random_images(1, 16, 16)
   mask = np.zeros((1, 16), bool)
   with pytest.raises(ValueError, match='use_mask_token=True'):
     jax.eval_shape(model.apply, {'params': shapes_of(model)}, images, mask)
+  model = ViT(**SMALL, use_mask_token=True)
+  with pytest.raises(ValueError, match=r'shape \(1, 1\), .* \(1, 16\) patch'):
+    jax.eval_shape(
+      model.apply, {'params': shapes_of(model)}, images, mask[:, :1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +184,7 @@ def test_layer_norm_is_float32_inside(dtype, tolerance):
   x = rng.standard_normal((4, 256), np.float32)
   x[:, 7] = 60.0
   x[2:] += 100.0
-  norm = vit.LayerNorm(1e-6, dtype, None)
+  norm = transformer.LayerNorm(1e-6, dtype)
   y = norm.apply(norm.init(jax.random.key(0), x), x)
   exact = x.astype(np.float64)
   exact -= exact.mean(-1, keepdims=True)

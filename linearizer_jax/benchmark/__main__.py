@@ -95,7 +95,7 @@ def parse_sizes(text):
   sizes = []
   for part in text.split(','):
     sides = part.lower().split('x')
-    if len(sides) > 2 or not all(side.isdigit() for side in sides):
+    if len(sides) > 2 or not all(s.isdigit() and int(s) for s in sides):
       raise ValueError(
         f'--sizes has {part!r}; expected pixels such as 224 or 512x1024.'
       )
@@ -129,6 +129,16 @@ def measure_torch(options):
   """Results of the exported student and a plain ViT in PyTorch."""
   from linearizer_jax.benchmark import torch_cpu
 
+  ignored = [
+    f'--{name}'
+    for name in ('dtype', 'tokens', 'max_gib')
+    if getattr(options, name) is not None
+  ]
+  if ignored:
+    raise ValueError(
+      f'--torch takes no {", ".join(ignored)}: it times one and '
+      f'{torch_cpu.BATCHES["full"]} images in float32.'
+    )
   return torch_cpu.run(
     options.models or MODELS['accelerator'],
     parse_sizes(options.sizes or SIZES['torch']),

@@ -7,9 +7,9 @@ length, T tokens.
 
 from linearizer_jax.models.adventurer import Adventurer
 from linearizer_jax.models.layers import patch_grid
+from linearizer_jax.models.mamba2 import CONV_TAPS
 
 CHUNK = 128  # tokens in a chunk of the scan, where nothing else is measured
-TAPS = 4
 BACKWARD = 2  # a backward pass is two products for each one of the forward
 
 
@@ -40,7 +40,7 @@ def forward(model, size):
     inner = model.expand * d
     state = model.num_groups * model.state_dim
     conv = inner + 2 * state
-    mixer = d * (inner + conv + inner // model.head_dim) + TAPS * conv
+    mixer = d * (inner + conv + inner // model.head_dim) + CONV_TAPS * conv
     scan = min(CHUNK, tokens) * (state + inner)
     if tokens > CHUNK:
       scan += 2 * model.state_dim * inner

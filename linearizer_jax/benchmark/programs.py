@@ -121,8 +121,9 @@ def memory_limit(device):
   stats = device.memory_stats() or {}
   if 'bytes_limit' in stats:
     return stats['bytes_limit']
-  pages = os.sysconf('SC_AVPHYS_PAGES')
-  return int(0.8 * pages * os.sysconf('SC_PAGE_SIZE'))
+  # Half of all memory. What is free would leave out the file cache, and not
+  # every system tells it.
+  return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 2
 
 
 def measure(programs, seconds, deadline, limit_gib):
@@ -176,7 +177,9 @@ def measure(programs, seconds, deadline, limit_gib):
       calls.pop(id(row), None)
       continue
     row['device_peak_gib'] = after / GIB if after > before else None
-    if began + bench.ROUNDS[0] * len(programs) * once > deadline:
+    # The fewest rounds, and one before them to warm up.
+    turns = (1 + bench.ROUNDS[0]) * len(programs)
+    if time.monotonic() + turns * once > deadline:
       row['reason'] = f'one call takes {once:.1f} s, more than is left'
       del calls[id(row)]
   timed = [row for row in rows if id(row) in calls]

@@ -127,11 +127,13 @@ def _heading(results):
 
 
 def _table(pairs):
-  lines = [
+  header = (
     '| size | student | teacher | batch | student images/s | teacher images/s '
-    '| speedup | FLOP ratio | share | student GiB | teacher GiB |',
-    '|---|---|---|---|---|---|---|---|---|---|---|',
-  ]
+    '| speedup | FLOP ratio | share | student GiB | teacher GiB |'
+  )
+  counted = any('repeats' in p['student_row'] for p in pairs)
+  header += ' repeats |' if counted else ''
+  lines = [header, '|---' * (header.count('|') - 1) + '|']
   for p in pairs:
     own, other = p['student_row'], p['teacher_row']
     teacher = p['teacher'] + p['variant'].removeprefix('teacher')
@@ -148,6 +150,8 @@ def _table(pairs):
       _number(own['memory_gib']),
       _number(other['memory_gib']),
     ]
+    if counted:
+      cells.append(_number(own['repeats']))
     lines.append(f'| {" | ".join(cells)} |')
   return lines
 

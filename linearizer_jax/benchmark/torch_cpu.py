@@ -4,19 +4,21 @@ The ViT is what one would write today: fused in_proj, PyTorch's own scaled dot
 product attention, layer norms, GELU. Weights of both are random.
 """
 
+import logging
 import os
+import statistics
 import time
-
-import numpy as np
 
 from linearizer_jax import models
 from linearizer_jax.benchmark import flops
+from linearizer_jax.benchmark.run import describe
 from linearizer_jax.convert.export import MODEL_FIELDS
 from linearizer_jax.models.adventurer import Adventurer, flip_schedule
 
+_log = logging.getLogger('linearizer_jax')
 CLASSES = 1000
 BATCHES = {'one': 1, 'full': 8}
-ROUNDS = (3, 50)
+MOST = 50  # repeats, whatever the budget
 
 
 def run(names, sizes, *, seconds):
@@ -25,49 +27,39 @@ def run(names, sizes, *, seconds):
   Args:
     names: models; the n-th student is compared with the n-th plain ViT.
     sizes: [(height, width)] in pixels.
-    seconds: of the whole.
+    seconds: of the whole. A size and batch whose calls, judged by earlier ones
+      and by FLOPs, would take longer than what is left is not run; the first
+      one always is.
 
   Returns:
-    {'framework', 'device', ..., 'rows'} with rows as of `run.run`; memory is
-    not known.
+    {'framework', 'device', ..., 'rows'} with rows as of
+    `benchmark.programs.measure` and 'repeats', of how many times the figure is
+    the median; memory is not known.
 
   Raises:
     ImportError: torch is not installed.
-    ValueError: an unknown model.
+    ValueError: an unknown model, or sizes that do not fit its patches.
   """
   import torch
 
-  rows, parts = [], len(sizes) * len(BATCHES)
-  for size in sizes:
-    networks = {}
-    for name in names:
-      module = models.create_model(name, num_classes=CLASSES, image_size=size)
-      networks[name] = module, as_torch(module, size).eval()
-    for load, batch in BATCHES.items():
-      images = torch.randn(batch, 3, *size)
-      with torch.inference_mode():
-        medians = _medians(
-          {name: network for name, (_, network) in networks.items()},
-          images,
-          seconds / parts,
+  end = time.monotonic() + seconds
+  groups = [
+    (size, [_row(name, size, load) for name in names])
+    for size in sizes
+    for load in BATCHES
+  ]
+  pace = {}  # model -> seconds per GFLOP, as seen last
+  for i, (size, rows) in enumerate(groups):
+    needed = _seconds(rows, pace)
+    if pace and time.monotonic() + needed > end:
+      for row in rows:
+        row['reason'] = (
+          f'one call of each takes {needed:.3g} s, more than is left'
         )
-      for name, (module, _) in networks.items():
-        student = isinstance(module, Adventurer)
-        row = {
-          'model': name,
-          'variant': 'student' if student else 'teacher',
-          'size': f'{size[0]}x{size[1]}',
-          'pixels': size[0] * size[1],
-          'batch': batch,
-          'load': load,
-          'direction': 'inference',
-          'gflop_per_image': flops.count(module, size, 'inference') / 1e9,
-          'memory_gib': None,
-          'milliseconds': medians[name],
-          'images_per_second': 1e3 * batch / medians[name],
-          'reason': None,
-        }
-        rows.append(row)
+    else:
+      _measure(size, rows, pace, end, groups[i + 1 :])
+    for row in rows:
+      _log.info('%s', describe(row))
   return {
     'framework': 'torch',
     'device': _processor(),
@@ -77,25 +69,95 @@ def run(names, sizes, *, seconds):
     'threads': torch.get_num_threads(),
     'dtype': 'float32',
     'seconds': seconds,
-    'rows': rows,
+    'rows': [row for _, rows in groups for row in rows],
   }
 
 
-def _medians(networks, images, seconds):
-  """Milliseconds of each network, run in turns."""
-  times = {name: [] for name in networks}
-  for network in networks.values():
+def _module(name, size):
+  return models.create_model(name, num_classes=CLASSES, image_size=size)
+
+
+def _row(name, size, load):
+  """What is known of a network at a size and batch before it runs."""
+  module = _module(name, size)
+  return {
+    'model': name,
+    'variant': 'student' if isinstance(module, Adventurer) else 'teacher',
+    'size': f'{size[0]}x{size[1]}',
+    'pixels': size[0] * size[1],
+    'batch': BATCHES[load],
+    'load': load,
+    'direction': 'inference',
+    'gflop_per_image': flops.count(module, size, 'inference') / 1e9,
+    'memory_gib': None,
+    'milliseconds': None,
+    'images_per_second': None,
+    'repeats': None,
+    'reason': None,
+  }
+
+
+def _measure(size, rows, pace, end, later):
+  """Fills the rows of networks that run in turns, and sets their pace.
+
+  Args:
+    size: (height, width) in pixels.
+    rows: of one size and batch.
+    pace: {model: seconds per GFLOP}, what was seen last; changed in place.
+    end: of the budget, as of time.monotonic().
+    later: (size, rows) of what comes after these.
+  """
+  import torch
+
+  def learn(times):
+    for row, seconds in zip(rows, times, strict=True):
+      pace[row['model']] = seconds / row['batch'] / row['gflop_per_image']
+
+  networks = [
+    as_torch(_module(row['model'], size), size).eval() for row in rows
+  ]
+  images = torch.randn(rows[0]['batch'], 3, *size)
+  with torch.inference_mode():
+    rounds = [_round(networks, images)]
+    learn(rounds[0])
+    now = time.monotonic()
+    until = now + _spare(later, pace, end - now) / (1 + len(later))
+    while len(rounds) <= MOST and time.monotonic() + sum(rounds[-1]) <= until:
+      rounds.append(_round(networks, images))
+  # The first round warms up; it counts where there was no time for another.
+  times = list(zip(*(rounds[1:] or rounds), strict=True))
+  medians = [statistics.median(of_one) for of_one in times]
+  learn(medians)
+  for row, median in zip(rows, medians, strict=True):
+    row['milliseconds'] = 1e3 * median
+    row['images_per_second'] = row['batch'] / median
+    row['repeats'] = len(times[0])
+
+
+def _seconds(rows, pace):
+  """What a call of each will take; 0 for networks that have not run."""
+  return sum(
+    row['batch'] * row['gflop_per_image'] * pace.get(row['model'], 0)
+    for row in rows
+  )
+
+
+def _spare(groups, pace, left):
+  """Of the seconds left, what a call of everything that fits will not take."""
+  for _, rows in groups:
+    needed = _seconds(rows, pace)
+    left -= needed if needed <= left else 0
+  return left
+
+
+def _round(networks, images):
+  """Seconds of a call of each network."""
+  times = []
+  for network in networks:
+    before = time.monotonic()
     network(images)
-  fewest, most = ROUNDS
-  start = time.perf_counter()
-  for i in range(most):
-    if i >= fewest and time.perf_counter() - start > seconds:
-      break
-    for name, network in networks.items():
-      before = time.perf_counter()
-      network(images)
-      times[name].append(1e3 * (time.perf_counter() - before))
-  return {name: float(np.median(values)) for name, values in times.items()}
+    times.append(time.monotonic() - before)
+  return times
 
 
 def as_torch(module, size):

@@ -78,7 +78,8 @@ def export(source, out, *, stage=None, step=None, onnx=False):
     ImportError: torch, or what ONNX needs, is not installed.
   """
   with _whole_folder(out) as folder:
-    loaded = load.load(source, stage=stage, step=step, dtype='float32')
+    exact = dict(dtype='float32', residual_dtype='float32')
+    loaded = load.load(source, stage=stage, step=step, **exact)
     backbone = _backbone(loaded.model)
     if not isinstance(backbone, Adventurer):
       raise ValueError(
@@ -181,7 +182,8 @@ def _package(folder, name):
 
 def _provenance(source, stage, step):
   """The run behind a work directory: its config, and what it measured."""
-  if not any(pathlib.Path(source).glob('*/checkpoints')):
+  source = pathlib.Path(source).expanduser()  # as `load` reads it
+  if not any(source.glob('*/checkpoints')):
     return {}
   info = checkpoint.describe(source, stage=stage, step=step)
   info['config']['data']['data_dir'] = None  # a place on one machine

@@ -118,9 +118,10 @@ def load(
     legacy_positions: for an `image_size` that differs from that of a released
       Adventurer, resize its positions as the released fine-tuning code does
       (off by one patch).
-    **overrides: fields of the model, such as dtype='bfloat16', image_size=448,
-      flip_blocks='alternate' or num_classes=0, which leaves the head out, of a
-      segmenter too.
+    **overrides: fields of the model, such as dtype='bfloat16',
+      flip_blocks='alternate', num_classes=0, which leaves the head out, of a
+      segmenter too, or image_size=448, for which a student's positions and
+      those of a run are resized.
 
   Returns:
     `Loaded`.
@@ -231,14 +232,18 @@ def _from_workdir(path, role, stage, step, ema, overrides):
   )
   config = ml_collections.ConfigDict(info['config'])
   role = role or info['role']
+  # Chosen for the machine that trained it.
+  config[role].ssd_implementation = None
   params.pop('mask_token', None)
   classes = params['head']['kernel'].shape[1] if 'head' in params else 0
   fields = {'num_classes': classes} | overrides
   if not fields['num_classes']:
     params.pop('head', None)
-  model, (mean, std) = models.from_config(config, role, **fields)
+  trained, (mean, std) = models.from_config(config, role)
+  model, _ = models.from_config(config, role, **fields)
+  params = fit_positions(params, trained, model)
   params = merge_params(_shapes(model), params, path, may_lack=())
-  size = as_pair(config.data.image_size)
+  size = as_pair(overrides.get('image_size', config.data.image_size))
   crop = config.data.eval_crop
   preprocess = Preprocessing(size, mean, std, crop)
   variables = {'params': params}
@@ -334,6 +339,37 @@ def merge_params(target, loaded, source, may_lack=('head',)):
       'weights.'
     )
   return traverse_util.unflatten_dict(merged, sep='/')
+
+
+def fit_positions(params, old, new):
+  """Brings position embeddings to the grid of another image size.
+
+  Bicubic, as `layers.resize_positions`; the class token keeps its own.
+
+  Args:
+    params: of `old`, NumPy arrays.
+    old, new: networks of one family, of whatever image and patch size.
+
+  Returns:
+    `params`, with positions for the image size of `new`.
+  """
+  grids = [
+    patch_grid(as_pair(model.image_size), model.patch_size)
+    for model in (old, new)
+  ]
+  if grids[0] == grids[1]:
+    return params
+  _log.info('positions are resized from %s to %s patches', *grids)
+  if 'pos_embed' in params:
+    positions = resize_pos_embed(params['pos_embed'], *grids)
+    return params | {'pos_embed': positions}
+  positions = params['positional_embedding']
+  first = int(old.class_token)
+  patches = resize_positions(
+    positions[None, first:], *grids, old.position_antialias
+  )[0]
+  positions = np.concatenate([positions[:first], patches])
+  return params | {'positional_embedding': positions}
 
 
 def resize_pos_embed(positions, old_grid, grid, *, legacy=False):

@@ -52,7 +52,7 @@ def embed_classes(teacher, classes, out, prompts=PROMPTS):
   tokenizer = transformers.CLIPTokenizer.from_pretrained(teacher)
   rows = []
   for name in classes:
-    texts = [prompt.format(name) for prompt in prompts]
+    texts = [prompt.replace('{}', name) for prompt in prompts]
     tokens = tokenizer(texts, padding=True, return_tensors='pt')
     with torch.no_grad():
       found = tower.eval()(**tokens).text_embeds

@@ -3,15 +3,15 @@
     import modeling_adventurer
     model = modeling_adventurer.load('.')  # the folder with model.safetensors
     logits = model(images)                 # (B, 3, H, W) normalised
-    # (B, V, H, W) of a segmenter
     maps = model.features(images)          # {'block11': (B, D, H/p, W/p), ...}
 
-Needs torch, and safetensors to load; runs on any device without a compiler.
-On CUDA the scan is that of mamba_ssm where it is installed. Every parameter has
-the name and shape that the released Adventurer gives it.
+Logits are (B, V), those of a segmenter (B, V, H, W). Needs torch, and
+safetensors to load; runs on any device without a compiler. On CUDA the scan is
+that of mamba_ssm where it is installed. Every parameter has the name and shape
+that the released Adventurer gives it.
 
-Shape letters: B batch, L tokens, D width, H heads, P head dim, G groups of R
-heads, N state, K chunks of Q tokens.
+Shape letters: B batch, V classes, L tokens, D width, H heads, P head dim, G
+groups of R heads, N state, K chunks of Q tokens.
 """
 
 import json
@@ -51,17 +51,15 @@ def load(folder='.', device='cpu'):
   import safetensors.torch
 
   folder = pathlib.Path(folder)
-  config = json.loads((folder / 'config.json').read_text())
+  config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
   if 'segment' in config:
     model = Segmenter(config['segment'], **config['model'])
   else:
     model = Adventurer(**config['model'])
   model.config = config
-  model.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+  tensors = safetensors.torch.load_file(folder / 'model.safetensors')
+  model.load_state_dict(tensors)
   return model.to(device).eval()
-
-
-WEIGHTS = 'model.safetensors'
 
 
 class Adventurer(nn.Module):
@@ -73,21 +71,11 @@ class Adventurer(nn.Module):
       other images get them resized.
     num_classes: 0 means no head: `forward` gives the class token instead.
     flip_blocks: numbers of the blocks that read the image backwards.
-    head_dim, state_dim, num_groups, expand: of the mixer.
+    **ssm: head_dim, state_dim, num_groups, expand of `Mamba2`.
   """
 
   def __init__(
-    self,
-    width,
-    depth,
-    patch_size,
-    image_size,
-    num_classes,
-    flip_blocks,
-    head_dim=64,
-    state_dim=64,
-    num_groups=1,
-    expand=2,
+    self, width, depth, patch_size, image_size, num_classes, flip_blocks, **ssm
   ):
     super().__init__()
     self.patch_size = patch_size
@@ -98,19 +86,22 @@ class Adventurer(nn.Module):
     self.pos_embed = nn.Parameter(torch.zeros(1, tokens + 1, width))
     self.patch_embed = nn.Module()
     self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
-    sizes = (width, head_dim, state_dim, num_groups, expand)
     self.layers = nn.ModuleList(
-      Block(n in flip_blocks, *sizes) for n in range(depth)
+      Block(n in flip_blocks, width, **ssm) for n in range(depth)
     )
     self.norm_f = RMSNorm(width)
     self.head = nn.Linear(width, num_classes) if num_classes else nn.Identity()
 
   def forward(self, images):
     """(B, 3, H, W) normalised -> logits (B, classes), or class token (B, D)."""
+    return self.head(self.norm_f(self.tokens(images)[:, -1]))
+
+  def tokens(self, images):
+    """Patch tokens, then the class token, after the last block."""
     h = self.embed(images)
     for layer in self.layers:
       h = layer(h)
-    return self.head(self.norm_f(h[:, -1]))
+    return h
 
   def features(self, images, blocks=None):
     """Maps after the blocks: {'blockNN': (B, D, H / p, W / p)}.
@@ -119,9 +110,7 @@ class Adventurer(nn.Module):
       images: (B, 3, H, W) normalised, sides multiples of the patch size.
       blocks: numbers counted from 0; all when None.
     """
-    h = self.embed(images)
-    grid = [side // self.patch_size for side in images.shape[-2:]]
-    found = {}
+    h, grid, found = self.embed(images), self.grid_of(images), {}
     for n, layer in enumerate(self.layers):
       h = layer(h)
       if blocks is None or n in blocks:
@@ -130,16 +119,24 @@ class Adventurer(nn.Module):
 
   def embed(self, images):
     """Patches in raster order, then the class token, with positions."""
-    patches = self.patch_embed.proj(images)  # (B, D, H / p, W / p)
-    grid = tuple(patches.shape[-2:])
-    positions = self.pos_embed
+    grid, positions = self.grid_of(images), self.pos_embed
     if grid != self.grid:
       own = positions[:, :-1].mT.unflatten(-1, self.grid).float()
       own = F.interpolate(own, grid, mode='bicubic', align_corners=False)
       own = own.flatten(2).mT.to(positions.dtype)
       positions = torch.cat([own, positions[:, -1:]], 1)
+    patches = self.patch_embed.proj(images).flatten(2).mT  # (B, L, D)
     last = self.cls_token.expand(images.shape[0], -1, -1)
-    return torch.cat([patches.flatten(2).mT, last], 1) + positions
+    return torch.cat([patches, last], 1) + positions
+
+  def grid_of(self, images):
+    """Rows and columns of patches."""
+    (height, width), side = images.shape[-2:], self.patch_size
+    if height % side or width % side:
+      raise ValueError(
+        f'{height} x {width} pixels: both must be multiples of {side}.'
+      )
+    return height // side, width // side
 
 
 class Segmenter(Adventurer):
@@ -176,11 +173,8 @@ class Segmenter(Adventurer):
     """
     size = images.shape[-2:]
     if self.linear:
-      h = self.embed(images)
-      for layer in self.layers:
-        h = layer(h)
-      grid = [side // self.patch_size for side in size]
-      x = self.norm_f(h[:, :-1]).mT.unflatten(-1, grid)
+      x = self.norm_f(self.tokens(images)[:, :-1])
+      x = x.mT.unflatten(-1, self.grid_of(images))
       return resize(self.segment.classifier(x), size)
     maps = list(self.features(images, self.blocks).values())
     logits = resize(self.segment.decoder(maps), size)
@@ -281,11 +275,11 @@ def resize(x, size):
 class Block(nn.Module):
   """h += mixer(norm(h)); h += mlp(norm_mlp(h)), the class token last."""
 
-  def __init__(self, flip, width, *mixer):
+  def __init__(self, flip, width, **ssm):
     super().__init__()
     self.flip = flip
     self.norm = RMSNorm(width)
-    self.mixer = Mamba2(width, *mixer)
+    self.mixer = Mamba2(width, **ssm)
     self.norm_mlp = RMSNorm(width)
     self.mlp = SwiGLU(width, int(2.5 * width))
 
@@ -306,14 +300,13 @@ class Block(nn.Module):
 class Mamba2(nn.Module):
   """Causal token mixer, (B, L, D) -> (B, L, D) (arXiv 2405.21060)."""
 
-  def __init__(self, width, head_dim, state_dim, num_groups, expand):
+  def __init__(self, width, head_dim=64, state_dim=64, num_groups=1, expand=2):
     super().__init__()
-    inner, state = expand * width, num_groups * state_dim
-    heads = inner // head_dim
-    self.split = (inner, inner + 2 * state, heads)
+    inner = expand * width
+    channels, heads = inner + 2 * num_groups * state_dim, inner // head_dim
+    self.split = (inner, channels, heads)
     self.head_dim, self.num_groups = head_dim, num_groups
     self.in_proj = nn.Linear(width, sum(self.split), bias=False)
-    channels = inner + 2 * state
     self.conv1d = nn.Conv1d(channels, channels, 4, groups=channels, padding=3)
     self.dt_bias = nn.Parameter(torch.zeros(heads))
     self.A_log = nn.Parameter(torch.zeros(heads))

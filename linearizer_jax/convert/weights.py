@@ -271,7 +271,8 @@ def _read_torch(path, ema):
   with torch.serialization.safe_globals([argparse.Namespace]):
     tensors = torch.load(path, map_location='cpu', weights_only=True)
   wrappers = ('model_ema',) * ema + ('state_dict', 'model')
-  tensors = next((tensors[w] for w in wrappers if w in tensors), tensors)
+  # Some save an average of None.
+  tensors = next((tensors[w] for w in wrappers if tensors.get(w)), tensors)
   return {
     name.removeprefix('module.'): x.float().numpy()
     for name, x in tensors.items()

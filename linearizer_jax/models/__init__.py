@@ -99,7 +99,7 @@ def from_config(config, role, *, mesh=None, batch_axes=None, **fields):
     config: resolved config of a stage, a ConfigDict.
     role: 'student' or 'teacher'.
     mesh, batch_axes: for models that scan; see `kernels.ssd.ssd`.
-    **fields: fields of the model that the config does not decide.
+    **fields: fields of the model, which go before those of the config.
 
   Returns:
     (Module, (mean, std)): the statistics of its input.
@@ -111,7 +111,8 @@ def from_config(config, role, *, mesh=None, batch_axes=None, **fields):
   name = section.pop('name')
   section.pop('weights', None)
   mean, std = section.pop('mean'), section.pop('std')
-  fields |= {key: value for key, value in section.items() if value is not None}
+  decided = {key: value for key, value in section.items() if value is not None}
+  fields = decided | fields
   row = teachers.TEACHERS.get(name)
   name = row.model if row else name
   fields.setdefault(

@@ -186,7 +186,7 @@ class Adventurer(nn.Module):
     if self.use_mask_token:
       mask_token = self.param('mask_token', normal, (1, 1, self.width))
     if token_mask is not None:
-      tokens = replace_tokens(tokens, mask_token, token_mask)
+      tokens = layers.replace_tokens(tokens, mask_token, token_mask)
     class_token = self.param('cls_token', normal, (1, 1, self.width))
     tokens = jnp.concatenate(
       [
@@ -254,23 +254,6 @@ class PatchStem(nn.Module):
       self.width, self.patch_size, dtype=self.dtype, name='proj'
     )
     return embed(images)
-
-
-def replace_tokens(tokens, mask_token, token_mask):
-  """Puts the mask token (1, 1, D) where `token_mask` (B, L) is True."""
-  if mask_token is None:
-    raise ValueError(
-      'token_mask was given to a model without a mask token: set the model '
-      'field use_mask_token=True.'
-    )
-  if token_mask.shape != tokens.shape[:2]:
-    raise ValueError(
-      f'token_mask has shape {token_mask.shape}, the image has '
-      f'{tokens.shape[:2]} patch tokens.'
-    )
-  return jnp.where(token_mask[..., None], mask_token, tokens).astype(
-    tokens.dtype
-  )
 
 
 def flip_schedule(flip_blocks, depth):

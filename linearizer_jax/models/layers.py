@@ -80,6 +80,35 @@ def resize_positions(positions, old_grid, new_grid, antialias=False):
   return grid.astype(positions.dtype)
 
 
+def replace_tokens(tokens, mask_token, token_mask):
+  """Puts the mask token where `token_mask` is True.
+
+  Args:
+    tokens: (B, L, D).
+    mask_token: an array that broadcasts to them; None where the model has none.
+    token_mask: (B, L) bool.
+
+  Returns:
+    (B, L, D) in the dtype of `tokens`.
+
+  Raises:
+    ValueError: no mask token, or a mask of another shape.
+  """
+  if mask_token is None:
+    raise ValueError(
+      'token_mask was given to a model without a mask token: set the model '
+      'field use_mask_token=True, or do not mask this network.'
+    )
+  if token_mask.shape != tokens.shape[:2]:
+    raise ValueError(
+      f'token_mask has shape {token_mask.shape}, the image has '
+      f'{tokens.shape[:2]} patch tokens.'
+    )
+  return jnp.where(token_mask[..., None], mask_token, tokens).astype(
+    tokens.dtype
+  )
+
+
 class PatchEmbed(nn.Module):
   """Cuts an image into patches and maps each linearly to a token.
 
