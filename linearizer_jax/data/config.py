@@ -57,8 +57,8 @@ class DataConfig:
   eval_window: int | tuple[int, int] = 0
   eval_stride: int | tuple[int, int] = 0
 
-  # 'pillow', or 'simd': training crops by faster code, the libraries of
-  # the extra [simd]. Evaluation decodes with Pillow, at full size, always.
+  # 'pillow', or 'simd': training crops by faster code, the libraries of the
+  # extra [simd]. Evaluation and `cache_pixels` decode with Pillow.
   decoder: str = 'pillow'
 
   # Faults. Up to `max_broken` images that cannot be decoded are passed over, in

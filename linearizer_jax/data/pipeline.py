@@ -19,6 +19,7 @@ import threading
 
 import grain
 import numpy as np
+from absl import flags
 
 from linearizer_jax.data import datasets, dense, guard, transforms
 from linearizer_jax.data.config import DataConfig, parse
@@ -253,8 +254,6 @@ def _prefetch(config, batches):
   if not config.num_workers:
     read = grain.ReadOptions(config.num_threads, 2 * config.num_threads)
     return batches.to_iter_dataset(read)
-  from absl import flags
-
   # grain hands absl's flags to its workers; only absl.app.run parses them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
