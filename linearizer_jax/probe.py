@@ -190,21 +190,7 @@ def nearest(bank, queries, k, mesh):
   Returns:
     (cosines, indices), NumPy (Q, k) float32 and int32, highest first.
   """
-  whole = sharding.replicated(mesh)
-  join = jax.jit(
-    jax.shard_map(
-      _join,
-      mesh=mesh,
-      in_specs=(
-        (ROWS_CUT, ROWS_CUT),
-        ROWS_CUT,
-        PartitionSpec(),
-        PartitionSpec(),
-      ),
-      out_specs=(ROWS_CUT, ROWS_CUT),
-    ),
-    donate_argnums=0,
-  )
+  whole, join = sharding.replicated(mesh), _join_program(mesh)
   blocks = _blocks(queries, mesh)
   shape = (*blocks.shape[:2], k)
   best = (
@@ -222,6 +208,19 @@ def nearest(bank, queries, k, mesh):
     np.asarray(jax.device_put(x, whole)).reshape(-1, k)[: len(queries)]
     for x in best
   )
+
+
+@functools.cache
+def _join_program(mesh):
+  """`_join` on each device's own queries, compiled once for both kinds."""
+  best, all_rows = (ROWS_CUT, ROWS_CUT), PartitionSpec()
+  join = jax.shard_map(
+    _join,
+    mesh=mesh,
+    in_specs=(best, ROWS_CUT, all_rows, all_rows),
+    out_specs=best,
+  )
+  return jax.jit(join, donate_argnums=0)
 
 
 def _join(best, queries, rows, indices):
