@@ -167,7 +167,7 @@ def distill():
 
 
 def data():
-  """ImageNet with the paper's augmentation (`data.pipeline.DataConfig`)."""
+  """ImageNet with the paper's augmentation (`data.config.DataConfig`)."""
   optional = config_dict.placeholder
 
   def pair(size):  # an int or a tuple of two

@@ -25,9 +25,8 @@ one H200 and 20 minutes, not run by us.
 
 from configs import common
 
-OFF = dict(match_weight=0.0, mask_weight=0.0)
-# A whole image for the student: nothing is predicted.
-WHOLE = OFF | dict(mask_ratio=0.0)
+# None of the paper's losses, and a whole image for the student.
+WHOLE = dict(match_weight=0.0, mask_weight=0.0, mask_ratio=0.0)
 NARROW, WIDE = 0.5, 2.0  # of the width of the scale
 # table -> row -> what differs from the paper's method, which is `both`. A row
 # called `none` is not distilled. Every table has `none` and `both`.
@@ -272,7 +271,7 @@ def _student(scale, row, changes, seed):
   own = dict(seed=seed, student=dict(width=width) | changes.get('student', {}))
   stages, before, start = {}, scale['distill_steps'], {}
   if row.split('_')[0] != 'none':
-    (teacher, factor), *_ = [*_teachers({row: changes}).items(), ('teacher', 1)]
+    ((teacher, factor),) = (_teachers({row: changes}) or {'teacher': 1}).items()
     stages[f'distill_{row}_s{seed}'] = own | dict(
       steps=before,
       schedule=dict(warmup_epochs=_warmup(scale, before, TRAIN_IMAGES)),

@@ -23,10 +23,12 @@ MODULES = {
   'linearizer_jax.convert.load': 'linearizer_jax/convert/load.py',
   'linearizer_jax.convert.export': 'linearizer_jax/convert/export.py',
   'linearizer_jax.convert.tables': 'linearizer_jax/convert/tables.py',
+  'linearizer_jax.data.config': 'linearizer_jax/data/config.py',
   'linearizer_jax.data.pipeline': 'linearizer_jax/data/pipeline.py',
   'linearizer_jax.checkpoint': 'linearizer_jax/checkpoint.py',
   'linearizer_jax.train': 'linearizer_jax/train.py',
   'linearizer_jax.figures': 'linearizer_jax/figures.py',
+  'linearizer_jax.maps': 'linearizer_jax/maps.py',
 }
 # Of these only some: the rest are layers inside the model.
 ONLY = {

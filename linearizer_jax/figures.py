@@ -182,6 +182,8 @@ def _accuracy_panel(axis, lines, accuracy):
     for row in rows
     if row['direction'] == 'inference' and row['images_per_second']
   ]
+  if not timed:
+    raise ValueError('--accuracy needs inference to be timed, none was.')
   smallest = min(row['pixels'] for row, _ in timed)
   timed = [pair for pair in timed if pair[0]['pixels'] == smallest]
   missing = set(accuracy) - {row['model'] for row, _ in timed}

@@ -93,15 +93,15 @@ def evaluate(step, params, options, batches, num_classes, mesh):
     ValueError: as `check`.
     FloatingPointError: a feature is not finite.
   """
-  train, test = (extract(step, params, part, mesh) for part in batches)
-  check(options, len(train['label']))
+  features = [extract(step, params, part, mesh) for part in batches]
+  check(options, len(features[0]['label']))
   values = {}
   for kind in KINDS:
-    known, asked = ((part[kind], part['label']) for part in (train, test))
+    train, test = ((part[kind], part['label']) for part in features)
     if 'knn' in options.metrics:
       values[f'knn_{kind}'] = knn_accuracy(
-        known,
-        asked,
+        train,
+        test,
         num_classes,
         mesh,
         k=options.knn_neighbours,
@@ -109,7 +109,7 @@ def evaluate(step, params, options, batches, num_classes, mesh):
       )
     if 'linear' in options.metrics:
       accuracy, l2 = linear_accuracy(
-        known, asked, num_classes, mesh, strengths=options.linear_l2
+        train, test, num_classes, mesh, strengths=options.linear_l2
       )
       values |= {f'linear_{kind}': accuracy, f'linear_{kind}_l2': l2}
   return values
@@ -151,7 +151,7 @@ def extract(step, params, batches, mesh):
 # ------------------------------------------------------- nearest neighbours
 
 
-def knn_accuracy(known, asked, num_classes, mesh, *, k, temperature):
+def knn_accuracy(train, test, num_classes, mesh, *, k, temperature):
   """Top-1 accuracy of weighted votes of the nearest neighbours.
 
   The k training images of the highest cosine c vote for their class, each with
@@ -159,8 +159,8 @@ def knn_accuracy(known, asked, num_classes, mesh, *, k, temperature):
   et al. (arXiv 1805.01978), section 3.4.
 
   Args:
-    known: training features (N, D) float32 and labels (N,) int.
-    asked: the same of the images to classify, (Q, D) and (Q,).
+    train: training features (N, D) float32 and labels (N,) int.
+    test: the same of the images to classify, (Q, D) and (Q,).
     num_classes: V, labels are below.
     mesh: computes the cosines, in float32.
     k: neighbours, at most N.
@@ -170,12 +170,12 @@ def knn_accuracy(known, asked, num_classes, mesh, *, k, temperature):
     Percent. Of equal votes the lower class counts, of equal cosines the
     earlier image.
   """
-  cosines, indices = nearest(known[0], asked[0], k, mesh)
+  cosines, indices = nearest(train[0], test[0], k, mesh)
   # Votes count in proportion: the nearest one's weight is 1.
   weights = np.exp((cosines - cosines[:, :1]) / temperature)
   votes = np.zeros((len(cosines), num_classes), np.float32)
-  np.add.at(votes, (np.arange(len(votes))[:, None], known[1][indices]), weights)
-  return 100 * float(np.mean(votes.argmax(1) == asked[1]))
+  np.add.at(votes, (np.arange(len(votes))[:, None], train[1][indices]), weights)
+  return 100 * float(np.mean(votes.argmax(1) == test[1]))
 
 
 def nearest(bank, queries, k, mesh):
@@ -190,21 +190,7 @@ def nearest(bank, queries, k, mesh):
   Returns:
     (cosines, indices), NumPy (Q, k) float32 and int32, highest first.
   """
-  whole = sharding.replicated(mesh)
-  join = jax.jit(
-    jax.shard_map(
-      _join,
-      mesh=mesh,
-      in_specs=(
-        (ROWS_CUT, ROWS_CUT),
-        ROWS_CUT,
-        PartitionSpec(),
-        PartitionSpec(),
-      ),
-      out_specs=(ROWS_CUT, ROWS_CUT),
-    ),
-    donate_argnums=0,
-  )
+  whole, join = sharding.replicated(mesh), _join_program(mesh)
   blocks = _blocks(queries, mesh)
   shape = (*blocks.shape[:2], k)
   best = (
@@ -222,6 +208,19 @@ def nearest(bank, queries, k, mesh):
     np.asarray(jax.device_put(x, whole)).reshape(-1, k)[: len(queries)]
     for x in best
   )
+
+
+@functools.cache
+def _join_program(mesh):
+  """`_join` on each device's own queries, compiled once for both kinds."""
+  best, all_rows = (ROWS_CUT, ROWS_CUT), PartitionSpec()
+  join = jax.shard_map(
+    _join,
+    mesh=mesh,
+    in_specs=(best, ROWS_CUT, all_rows, all_rows),
+    out_specs=best,
+  )
+  return jax.jit(join, donate_argnums=0)
 
 
 def _join(best, queries, rows, indices):
@@ -252,7 +251,7 @@ def _unit(x):
 # -------------------------------------------------------- linear classifier
 
 
-def linear_accuracy(known, asked, num_classes, mesh, *, strengths):
+def linear_accuracy(train, test, num_classes, mesh, *, strengths):
   """Top-1 accuracy of multinomial logistic regression on frozen features.
 
   Features are standardised by the training features' mean and deviation. L2 is
@@ -262,8 +261,8 @@ def linear_accuracy(known, asked, num_classes, mesh, *, strengths):
   same.
 
   Args:
-    known: training features (N, D) float32 and labels (N,) int, N >= 2.
-    asked: the same of the images to classify, (Q, D) and (Q,).
+    train: training features (N, D) float32 and labels (N,) int, N >= 2.
+    test: the same of the images to classify, (Q, D) and (Q,).
     num_classes: V, labels are below.
     mesh: its devices share the rows.
     strengths: of L2, see `fit`.
@@ -272,7 +271,7 @@ def linear_accuracy(known, asked, num_classes, mesh, *, strengths):
     (percent, strength chosen).
   """
   fit_on, score_on = _programs(mesh)
-  x, y = known
+  x, y = train
   scale = _standard(x)
   order = np.random.default_rng(0).permutation(len(x))
   held = np.zeros(len(x), bool)
@@ -289,10 +288,10 @@ def linear_accuracy(known, asked, num_classes, mesh, *, strengths):
 
   best = max(strengths, key=quality) if len(strengths) > 1 else strengths[0]
   weights = fit_on(data, every, scale, best, num_classes=num_classes)
-  data = tuple(_blocks(part, mesh) for part in asked)
-  every = _blocks(np.ones(len(asked[0]), np.float32), mesh)
+  data = tuple(_blocks(part, mesh) for part in test)
+  every = _blocks(np.ones(len(test[0]), np.float32), mesh)
   hits, _ = score_on(weights, data, every, scale)
-  return 100 * float(hits) / len(asked[0]), best
+  return 100 * float(hits) / len(test[0]), best
 
 
 @functools.cache

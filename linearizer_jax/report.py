@@ -142,6 +142,7 @@ def _draw_maps(config, workdir, networks, path):
       k: v for k, v in params.items() if k not in ('head', 'mask_token')
     }
     loaded[name] = (model, params, stats)
-  data = checkpoint.resolve_stage(config, stage)['data']
-  batch = next(iter(pipeline.make_eval_batches(data, batch_size=8)))
-  maps.activation_maps(batch['image'][:4], loaded, path)
+  first = next(iter(networks.values()))
+  data = checkpoint.resolve_stage(config, first)['data']
+  batch = next(iter(pipeline.make_eval_batches(data, batch_size=4)))
+  maps.activation_maps(batch['image'][batch['valid']], loaded, path)

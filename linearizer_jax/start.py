@@ -9,7 +9,7 @@ import numpy as np
 
 from linearizer_jax import checkpoint, models, tasks, zeroshot
 from linearizer_jax.convert import load, weights
-from linearizer_jax.models import layers, teachers
+from linearizer_jax.models import teachers
 
 _log = logging.getLogger('linearizer_jax')
 

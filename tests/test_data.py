@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import zlib
 
 import grain
 import ml_collections
@@ -423,6 +424,7 @@ def test_folder_errors(folder, tmp_path):
     ({'image_sise': 8}, 'data.image_sise; did you mean image_size'),
     ({'name': 'mnist'}, "'mnist', expected one of"),
     ({'crop_scale': (0.5, 1.5)}, 'crop_scale'),
+    ({'crop_ratio': (4 / 3, 3 / 4)}, 'data.crop_ratio'),
     ({'eval_crop': 0.0}, 'eval_crop'),
     ({'train_split': 'all'}, "Split 'all' is neither"),
   ],
@@ -496,6 +498,26 @@ def test_evaluation_is_resize_then_center_crop():
   wide = pipeline.DataConfig(image_size=(32, 96), eval_crop=1.0)
   result = transforms.eval_image(example, wide).astype(int)
   assert np.abs(result - resized[16:48]).max() <= 1
+
+
+def test_the_whole_image_is_a_crop_at_any_size():
+  """(225 / 224) 224 is more than 225, by a rounding."""
+  for side in range(200, 300):
+    left, top, right, bottom = transforms.center_crop_box(
+      (side, 300), (224, 224), 1.0
+    )
+    assert 0 <= left < right <= side
+    assert 0 <= top < bottom <= 300
+  config = pipeline.DataConfig(image_size=224, eval_crop=1.0)
+  example = {'image': photo(225, 225), 'name': ''}
+  assert transforms.eval_image(example, config).shape == (224, 224, 3)
+
+
+def test_a_damaged_header_is_a_broken_image():
+  encoded = b'\x89PNG\r\n\x1a\n' + (5).to_bytes(4, 'big') + b'IHDR' + 5 * b'a'
+  encoded += zlib.crc32(encoded[-9:]).to_bytes(4, 'big')
+  with pytest.raises(transforms.BrokenImageError, match='the image some'):
+    transforms.open_image({'image': encoded, 'name': 'some.png'})
 
 
 def test_scaled_jpeg_decoding_keeps_quality():

@@ -93,3 +93,16 @@ def test_tradeoff(results, tmp_path, capsys):  # noqa: F811 (the fixture)
   assert 'nothing was timed with --load=one' in figures.main(
     [*arguments, '--load', 'one']
   )
+
+
+def test_accuracy_is_drawn_against_inference(tmp_path, capsys):
+  row = {'model': 'a', 'variant': 'student', 'load': 'full', 'batch': 2}
+  row |= {'size': '32x32', 'pixels': 1024, 'memory_gib': None}
+  row |= {'direction': 'training', 'images_per_second': 3.0}
+  file = tmp_path / 'a.json'
+  file.write_text(
+    json.dumps({'framework': 'jax', 'platform': 'cpu', 'rows': [row]})
+  )
+  arguments = ['tradeoff', str(file), f'--out={tmp_path}/a.png']
+  assert not figures.main(arguments)
+  assert 'inference' in figures.main([*arguments, '--accuracy', 'a=80'])

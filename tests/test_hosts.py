@@ -28,7 +28,7 @@ from linearizer_jax import (
 from linearizer_jax.data import pipeline
 
 ROOT = pathlib.Path(__file__).parent.parent
-STEPS = 60
+STEPS = 24
 
 
 @pytest.fixture(scope='module')
@@ -108,11 +108,13 @@ def reach(workdir, step, group):
 
 
 def assert_close(one, two):
-  a, b = losses(one), losses(two)
-  assert a.keys() == b.keys()
-  np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
-  a, b = losses(one, 'eval'), losses(two, 'eval')
-  np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-5)
+  for split in ('train', 'eval'):
+    a, b = losses(one, split), losses(two, split)
+    assert a.keys() == b.keys()
+    # A cross-entropy near 0 is the difference of numbers near 1.
+    np.testing.assert_allclose(
+      list(a.values()), list(b.values()), rtol=1e-5, atol=1e-7
+    )
 
 
 # Sharded parameters, two micro-steps, recomputed blocks: all of it at once.

@@ -88,6 +88,15 @@ def test_more_broken_images_than_allowed(folder, caplog):
   batches.close()
 
 
+def test_images_that_are_all_broken_stop_the_run(folder):
+  for path in folder.glob('train/*/*.jpg'):
+    path.write_bytes(b'no image')
+  batches = iterator(folder, max_broken=100, timeout_seconds=10.0)
+  with pytest.raises(transforms.BrokenImageError):
+    next(batches)
+  batches.close()
+
+
 def test_evaluation_leaves_broken_images_out(folder):
   (folder / 'val' / 'cat' / '1.jpg').write_bytes(b'no image')
   batches = pipeline.make_eval_batches(
@@ -168,6 +177,17 @@ def test_simd_crops_are_those_of_pillow(size):
 
 
 @needs_simd
+def test_simd_crops_reach_the_edge():
+  """Where the image is decoded smaller, its edge is hit but for a rounding."""
+  for width in range(501, 540):
+    size = width, 450
+    encoded = photo(450, width)
+    for left in range(8):
+      box = left, left, *size
+      assert simd.crop_and_resize(encoded, size, box, (64, 64)).size == (64, 64)
+
+
+@needs_simd
 def test_simd_reads_what_pillow_reads(folder):
   fields = {'shuffle': False, 'crop_scale': (0.5, 1.0)}
   place = folder / 'train' / 'cat'
@@ -213,6 +233,8 @@ def test_bench_measures_each_loader(folder, tmp_path):
   assert 0 < results['pillow']['cpu_ms'] < 1000
   first, top = results['pillow']['memory_mb']
   assert 0 <= first <= top < 50  # no workers; others may have helpers running
+  # Fewer images than a batch are one batch.
+  assert bench.compare(data, ['pillow'], 4, 0, images=1, rounds=1)
 
 
 def test_verdict():

@@ -148,6 +148,22 @@ def folder(tmp_path):
   return root
 
 
+def test_shards_of_other_images_are_refused(folder, tmp_path, capsys):
+  out = tmp_path / 'out'
+  argv = ['folder', f'--data_dir={folder}', f'--out={out}']
+  prepare.main(argv)
+  prepare.main(argv)
+  assert source(out, 'val')[3]['image'] == jpeg(101)
+  (folder / 'val' / 'cat' / '9.jpg').write_bytes(jpeg(9))
+  with pytest.raises(SystemExit):
+    prepare.main(argv)
+  error = capsys.readouterr().err
+  assert 'val-00000-of-00001.array_record was made of other images' in error
+  with pytest.raises(SystemExit):
+    prepare.main([*argv, '--splits=train'])
+  assert '--splits is train, expected two' in capsys.readouterr().err
+
+
 def settle(root):
   for place in root.glob('*/*'):
     os.utime(place, (place.stat().st_mtime - 3600,) * 2)
@@ -182,7 +198,7 @@ def test_read_only_data_keep_the_list_elsewhere(
 ):
   caplog.set_level(logging.INFO)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  make = listing.tempfile.NamedTemporaryFile
+  make = listing.tempfile.TemporaryDirectory
 
   def refuse(dir, **kwargs):
     if pathlib.Path(dir) == folder or refuse.everything:
@@ -190,7 +206,7 @@ def test_read_only_data_keep_the_list_elsewhere(
     return make(dir=dir, **kwargs)
 
   refuse.everything = False
-  monkeypatch.setattr(listing.tempfile, 'NamedTemporaryFile', refuse)
+  monkeypatch.setattr(listing.tempfile, 'TemporaryDirectory', refuse)
   first = names(folder)
   (kept,) = (tmp_path / 'cache' / 'linearizer_jax').iterdir()
   assert f'kept as {kept}' in caplog.text
@@ -200,7 +216,7 @@ def test_read_only_data_keep_the_list_elsewhere(
   caplog.set_level(logging.INFO)
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'other'))
   refuse.everything = True
-  monkeypatch.setattr(listing.tempfile, 'NamedTemporaryFile', refuse)
+  monkeypatch.setattr(listing.tempfile, 'TemporaryDirectory', refuse)
   assert names(folder) == first
   assert 'not kept: neither' in caplog.text
 

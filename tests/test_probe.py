@@ -14,9 +14,9 @@ from linearizer_jax import (
   models,
   probe,
   sharding,
-  start,
   train,
 )
+from linearizer_jax.convert.load import fit_positions
 from linearizer_jax.data import pipeline
 from linearizer_jax.models.teachers import IMAGENET
 from linearizer_jax.tasks import classify
@@ -303,11 +303,11 @@ def test_positions_are_resized_as_the_network_does(name, fields):
   variables = jax.jit(old.init)(jax.random.key(0), np.zeros((1, 16, 16, 3)))
   params = jax.tree.map(np.asarray, variables['params'])
   _, wanted = jax.jit(old.apply)(variables, images)
-  fitted = start.fit_positions(params, old, new)
+  fitted = fit_positions(params, old, new)
   _, found = jax.jit(new.apply)({'params': fitted}, images)
   for kind in ('normed', 'class'):
     np.testing.assert_allclose(found[kind], wanted[kind], atol=1e-5)
-  assert start.fit_positions(params, old, old) is params
+  assert fit_positions(params, old, old) is params
 
 
 @pytest.mark.slow

@@ -297,12 +297,26 @@ def test_every_image_is_evaluated_once(folder, tmp_path):
   assert batches[0]['label_size'][0].tolist() == [40, 60]
 
 
+def test_evaluation_leaves_broken_images_out(folder, tmp_path):
+  images = tmp_path / 'val' / 'images'
+  (images / '0.png').write_bytes(b'no image')  # not even a header
+  (images / '2.png').write_bytes((images / '2.png').read_bytes()[:-60])
+  batches = pipeline.make_eval_batches(folder | {'max_broken': 2}, batch_size=3)
+  (batch,) = [b for b in batches if b['valid'].any()]
+  (index,) = np.flatnonzero(batch['valid'])
+  np.testing.assert_array_equal(batch['label'][index], LABEL)
+  assert 'broken' not in batch
+  batches = pipeline.make_eval_batches(folder | {'max_broken': 1}, batch_size=3)
+  with pytest.raises(ValueError, match='max_broken allows 1'):
+    list(batches)
+
+
 def test_a_list_names_the_images_of_a_split(folder, tmp_path):
   root = tmp_path / 'listed'
-  for i in range(3):
+  for i in (0, 1, 'number 2'):
     write_png(root / 'images' / f'{i}.png', image_of(LABEL))
     write_png(root / 'labels' / f'{i}.png', LABEL)
-  (root / 'train.txt').write_text('2.png\n0\n')
+  (root / 'train.txt').write_text('number 2.png\n\n0\n')
   (root / 'val.txt').write_text('1\n9\n')
   config = folder | {'data_dir': str(root)}
   assert pipeline.num_train_examples(config) == 2
@@ -373,6 +387,7 @@ def test_bad_labels_are_named(folder, tmp_path):
   refused(r'data\.labels_per_class', labels_per_class=3)
   refused(r'data\.eval_stride', eval_window=16, eval_stride=17)
   refused(r'data\.num_classes', num_classes=256)
+  refused(r'data\.ignore_labels', ignore_labels=(256,))
   refused('no label for each pixel', name='digits')
   refused(r'data\.dense=True', name='ade20k', dense=False)
 

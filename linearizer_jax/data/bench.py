@@ -149,7 +149,8 @@ def compare(data, names, batch_size, num_workers, images, rounds):
           batch_size=batch_size,
           seed=0,
         )
-      found[name].append(measure(batches, images // batch_size, batch_size))
+      count = max(1, images // batch_size)
+      found[name].append(measure(batches, count, batch_size))
       if name != 'torch':
         batches.close()
       del batches

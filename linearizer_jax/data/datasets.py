@@ -221,9 +221,9 @@ def labels_per_class(source, count, seed):
   """Keeps `count` random examples of each class, the same ones for a seed."""
   labels = source.labels()
   order = np.random.default_rng(seed).permutation(len(labels))
-  kept = []
+  shuffled, kept = labels[order], []
   for label in range(source.num_classes):
-    members = order[labels[order] == label][:count]
+    members = order[shuffled == label][:count]
     if len(members) < count:
       raise ValueError(
         f'data.labels_per_class is {count}, but class {label} has only '
@@ -276,7 +276,7 @@ def _labels_file(root, split):
 def _flat_labels(root, split):
   """{file: class} of a flat folder, from lines 'class' or 'file class'."""
   path, files = _labels_file(root, split), listing.image_names(root / split)
-  lines = [line.split() for line in path.read_text().splitlines() if line]
+  lines = list(filter(None, map(str.split, path.read_text().splitlines())))
   if all(len(line) == 1 for line in lines) and len(lines) == len(files):
     return {file: name for file, (name,) in zip(files, lines, strict=True)}
   named = dict(line for line in lines if len(line) == 2)

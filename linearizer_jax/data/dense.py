@@ -8,6 +8,7 @@ the header of the image, and `source[i]`, a dict of
     name    where the image comes from, for error messages
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -15,7 +16,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from linearizer_jax.data import transforms
+from linearizer_jax.data import guard, listing, transforms
 
 IGNORED = 255
 # Ids of Cityscapes' labelIds files that its benchmark trains and scores, in the
@@ -24,9 +25,7 @@ CITYSCAPES_IDS = (
   *(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
 )
 _OUTSIDE = -1
-_SUFFIXES = ('.jpg', '.jpeg', '.png')
 _CROP_TRIES = 10
-_GREY = (124, 116, 104)  # the mean of ImageNet
 
 
 class Pairs:
@@ -148,10 +147,11 @@ def folder(row, config, split):
   for path in (images, labels):
     if not (root / path).is_dir():
       raise ValueError(f'There is no folder {root / path}: {layout}')
-  names = _names(root / images)
+  names = listing.image_names(root / images)
   if listed.is_file():
     by_stem = {pathlib.Path(name).stem: name for name in names}
-    lines = listed.read_text(encoding='utf-8').split()
+    lines = listed.read_text(encoding='utf-8').splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
     missing = [x for x in lines if pathlib.Path(x).stem not in by_stem]
     if missing:
       raise ValueError(
@@ -183,7 +183,7 @@ def ade20k(row, config, split):
     raise ValueError(f'There is no folder {root / images}: {layout}')
   pairs = [
     (images / name, labels / f'{pathlib.Path(name).stem}.png')
-    for name in _names(root / images)
+    for name in listing.image_names(root / images)
   ]
   classes = np.full(256, _OUTSIDE)
   classes[0] = IGNORED
@@ -220,14 +220,6 @@ def _root(config, layout):
   return pathlib.Path(config.data_dir).expanduser()
 
 
-def _names(path):
-  return sorted(
-    file.name
-    for file in path.iterdir()
-    if file.suffix.lower() in _SUFFIXES and file.name[0] != '.'
-  )
-
-
 def _pairs(root, pairs, classes, num_classes, layout):
   """`Pairs` of files that are all there."""
   if not pairs:
@@ -255,7 +247,7 @@ def train_pair(example, config, rng):
 
   Args:
     example: of a source of this file.
-    config: `pipeline.DataConfig`.
+    config: `config.DataConfig`.
     rng: `np.random.Generator`.
 
   Returns:
@@ -290,7 +282,7 @@ def train_pair(example, config, rng):
   if config.color_jitter:
     image = transforms.color_jitter(image, config.color_jitter, rng)
   height, width = config.image_size
-  whole = np.full((height, width, 3), _GREY, np.uint8)
+  whole = np.full((height, width, 3), transforms.GREY, np.uint8)
   labels = np.full((height, width), IGNORED, np.uint8)
   whole[: crop[0], : crop[1]] = np.asarray(image)
   labels[: crop[0], : crop[1]] = np.asarray(part)
@@ -314,14 +306,16 @@ def eval_plan(source, config, batch_size):
   A side of at most `data.eval_window` (of any length, where that is 0) is its
   own canvas, for the network sees it whole; a longer one goes on a canvas of
   2^k or 3 2^k pixels, so that few programs are compiled. Sizes are read from
-  the headers of all images.
+  the headers of all images; one that cannot be read goes with the image before
+  it, and `eval_batch` leaves it out.
 
   Returns:
     List of (indices, canvas of the images, canvas of the labels).
   """
-  groups = {}
+  groups, own = {}, config.image_size
   for index in range(len(source)):
-    own = source.size(index)
+    with contextlib.suppress(transforms.BrokenImageError):
+      own = source.size(index)
     size = scaled_size(own, config.short_side)
     canvas = tuple(
       side if not w or side <= w else _rounded_up(side)
@@ -348,7 +342,8 @@ def eval_batch(source, config, plan, start, stop, step):
   Returns:
     dict of 'image' uint8 (b, H, W, 3) and 'label' uint8 (b, R, S), each at the
     top left of its canvas, 'size' and 'label_size' int32 (b, 2), the pixels
-    they reach, and bool 'valid' (b,).
+    they reach, and bool 'valid' (b,), False where the last batch is filled up
+    or an image is broken.
   """
   indices, canvas, label_canvas = plan[step]
   count = stop - start
@@ -358,10 +353,15 @@ def eval_batch(source, config, plan, start, stop, step):
     'label': np.full((count, *label_canvas), IGNORED, np.uint8),
     'label_size': np.zeros((count, 2), np.int32),
     'valid': np.zeros(count, bool),
+    guard.BROKEN: {},
   }
   for i, index in enumerate(indices[start:stop]):
-    example = source[index]
-    image, label = transforms.decoded(example, 'RGB'), example['label']
+    try:
+      example = source[index]
+      image, label = transforms.decoded(example, 'RGB'), example['label']
+    except transforms.BrokenImageError as error:
+      batch[guard.BROKEN][source.name(index)] = str(error)
+      continue
     size = scaled_size(label.shape, config.short_side)
     if size != label.shape:
       image = image.resize(size[::-1], Image.Resampling.BILINEAR)

@@ -28,14 +28,14 @@ def first_whole(source, index, make, limit, broken):
     broken: dict, to which name -> message of each is added.
 
   Raises:
-    transforms.BrokenImageError: one more than `limit` is broken.
+    transforms.BrokenImageError: one more than `limit` is broken, or all are.
   """
-  while True:
+  for tried in range(1, len(source) + 1):
     try:
       return make(source[index])
     except transforms.BrokenImageError as error:
       broken[source.name(index)] = str(error)
-      if len(broken) > limit:
+      if len(broken) > limit or tried == len(source):
         raise
     index = (index + 1) % len(source)
 
@@ -44,7 +44,7 @@ class Guard:
   """Takes batches from a loader, in time, and counts broken images.
 
   Args:
-    config: `pipeline.DataConfig`, with `max_broken` and `timeout_seconds`.
+    config: `config.DataConfig`, with `max_broken` and `timeout_seconds`.
     names: step -> names of the images of its batch.
   """
 
@@ -72,7 +72,8 @@ class Guard:
     if len(self.broken) > self._config.max_broken:
       raise transforms.BrokenImageError(
         f'{len(self.broken)} images are broken, data.max_broken allows '
-        f'{self._config.max_broken}. The last one: {message}'
+        f'{self._config.max_broken}. The last one: '
+        f'{list(self.broken.values())[-1]}'
       )
     return batch
 

@@ -103,14 +103,12 @@ def _keep(places, classes, changed, paths, counts):
   for place in places:
     try:
       place.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.NamedTemporaryFile(
-        dir=place.parent, prefix=place.name, delete=False
-      ) as file:
+      with tempfile.TemporaryDirectory(dir=place.parent, prefix='.') as scratch:
+        file = pathlib.Path(scratch, 'index.npz')
         np.savez(
           file, paths=paths, counts=counts, classes=classes, changed=changed
         )
-      os.chmod(file.name, 0o644)  # other users of the data may read it
-      os.replace(file.name, place)
+        os.replace(file, place)
       return f'kept as {place}'
     except OSError as error:
       _log.debug('no index at %s: %s', place, error)

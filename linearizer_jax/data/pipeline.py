@@ -8,8 +8,7 @@ config, the seed, the step and the process, not on workers or on what
 was run before, and a position in the data is one integer.
 """
 
-import dataclasses
-import difflib
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -20,158 +19,25 @@ import threading
 
 import grain
 import numpy as np
+from absl import flags
 
-from linearizer_jax.data import datasets, dense, guard, simd, transforms
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """The fields of a config's `data` section, with their defaults."""
-
-  name: str = 'digits'  # row of datasets.DATASETS
-  data_dir: str | None = None  # folder: the root; TFDS: its data_dir
-  train_split: str | None = None  # None: the row's; TFDS slices are fine
-  eval_split: str | None = None
-  image_size: int | tuple[int, int] = 224  # side, or (height, width)
-
-  # Of 'generated', and of a 'folder' with a label for each pixel.
-  num_classes: int = 10
-  num_examples: int = 256  # 'generated' only
-
-  # Keeps decoded images in memory, this long at the shorter side; 0: none.
-  cache_pixels: int = 0
-
-  # Label budget: train on n random examples per class (None: on all).
-  labels_per_class: int | None = None
-  labels_seed: int = 0
-
-  # Augmentation, in this order. None, False and 0 turn a step off.
-  crop_scale: tuple[float, float] | None = None  # share of the area
-  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # width / height
-  flip: bool = False
-  shift_pixels: int = 0
-  rotate_degrees: float = 0.0
-  three_augment: bool = False  # grey, solarised or blurred
-  color_jitter: float = 0.0  # brightness, contrast, saturation
-  randaugment_ops: int = 0
-  randaugment_magnitude: float = 9.0  # of 10
-  randaugment_std: float = 0.5
-  shuffle: bool = True
-
-  # Evaluation: the central share (per side) of the image.
-  eval_crop: float = 0.875
-
-  # A label for each pixel (data/dense.py). Images are brought to `short_side`
-  # (0: left as they are), training crops of `image_size` are taken from them at
-  # a scale in `scale_range`, with at most `category_max_ratio` of one class.
-  dense: bool = False
-  ignore_labels: tuple[int, ...] = (255,)  # ids in the files of a 'folder'
-  short_side: int = 0
-  scale_range: tuple[float, float] = (0.5, 2.0)
-  category_max_ratio: float = 0.75
-  # Evaluation: side or (height, width) of the windows that slide over an image,
-  # and their stride (0: the window); a window of 0 is the whole image.
-  eval_window: int | tuple[int, int] = 0
-  eval_stride: int | tuple[int, int] = 0
-  # 'pillow', or 'simd': training crops by faster code, the libraries of
-  # the extra [simd]. Evaluation decodes with Pillow, at full size, always.
-  decoder: str = 'pillow'
-
-  # Faults. Up to `max_broken` images that cannot be decoded are passed over:
-  # training takes the next example instead, evaluation leaves them out.
-  max_broken: int = 0
-  timeout_seconds: float = 600.0  # without a batch, after which to stop; 0: no
-
-  # Neither changes a batch.
-  num_workers: int = 0  # processes; 0: threads of this process
-  num_threads: int = 1  # threads, when there are no worker processes
-
-  def __post_init__(self):
-    for field in ('image_size', 'eval_window', 'eval_stride'):
-      size = getattr(self, field)
-      size = (size, size) if isinstance(size, int) else tuple(size)
-      object.__setattr__(self, field, size)
-    row = _row(self.name)
-    if self.dense:
-      self._check_dense(row)
-    elif row.load is None:
-      raise ValueError(
-        f'data.name is {self.name!r}, which has a label for each pixel: set '
-        'data.dense=True and config.task to a segmentation.'
-      )
-    for split in ('train_split', 'eval_split'):
-      value = getattr(self, split) or getattr(row, split)
-      object.__setattr__(self, split, value)
-    if (
-      self.crop_scale and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1
-    ):
-      raise ValueError(
-        f'data.crop_scale is {self.crop_scale}, expected (least, most) with '
-        '0 < least <= most <= 1, or None.'
-      )
-    if self.labels_per_class is not None and self.labels_per_class < 1:
-      raise ValueError(
-        f'data.labels_per_class is {self.labels_per_class}, expected at least '
-        '1, or None.'
-      )
-    if self.decoder not in ('pillow', 'simd'):
-      raise ValueError(
-        f"data.decoder is {self.decoder!r}, expected 'pillow' or 'simd'."
-      )
-    if self.decoder == 'simd' and not simd.is_installed():
-      raise ValueError(
-        "data.decoder is 'simd', but simplejpeg or cykooz-resizer is not "
-        "installed: `pip install 'linearizer_jax[simd]'`, or set "
-        "data.decoder to 'pillow', which is slower."
-      )
-    if not 0 < self.eval_crop <= 1:
-      raise ValueError(f'data.eval_crop is {self.eval_crop}, expected (0, 1].')
-
-  def _check_dense(self, row):
-    """Raises ValueError for fields that segmentation cannot take."""
-    if row.load_dense is None:
-      raise ValueError(
-        f'data.dense is True, but {self.name!r} has no label for each pixel; '
-        'choose another data.name.'
-      )
-    if self.labels_per_class is not None:
-      raise ValueError(
-        'data.labels_per_class is set, but images with a label for each pixel '
-        'have no class of their own: leave it None.'
-      )
-    if not 1 <= self.num_classes <= dense.IGNORED:
-      raise ValueError(
-        f'data.num_classes is {self.num_classes}; labels of pixels are bytes, '
-        f'so expected 1 to {dense.IGNORED}.'
-      )
-    windows = zip(self.eval_window, self.eval_stride, strict=True)
-    if any(w < 0 or not 0 <= step <= (w or step) for w, step in windows):
-      raise ValueError(
-        f'data.eval_stride is {self.eval_stride}, data.eval_window '
-        f'{self.eval_window}; expected a stride of at most the window, and '
-        'neither below 0.'
-      )
-    low, high = self.scale_range
-    if not 0 < low <= high or not 0 < self.category_max_ratio <= 1:
-      raise ValueError(
-        f'data.scale_range is {self.scale_range}, data.category_max_ratio '
-        f'{self.category_max_ratio}; expected 0 < least <= most, and (0, 1].'
-      )
+from linearizer_jax.data import datasets, dense, guard, transforms
+from linearizer_jax.data.config import DataConfig, parse
 
 
 def num_classes(data_config):
   """Number of classes; opens the data where the table does not know it."""
-  config = _parse(data_config)
+  config = parse(data_config)
   return (
-    _row(config.name).num_classes
+    datasets.DATASETS[config.name].num_classes
     or _source(config, config.eval_split).num_classes
   )
 
 
 def num_train_examples(data_config):
   """Training examples per epoch; opens the data only where it must."""
-  config = _parse(data_config)
-  row = _row(config.name)
+  config = parse(data_config)
+  row = datasets.DATASETS[config.name]
   if row.num_train_examples and config.train_split == row.train_split:
     if config.labels_per_class is None:
       return row.num_train_examples
@@ -200,7 +66,7 @@ def make_train_iterator(
     ValueError: a field is unknown or out of range, the data are not there, or
       (from `next`) an image cannot be decoded.
   """
-  config = _parse(data_config)
+  config = parse(data_config)
   share = _share(batch_size, process_index, process_count)
   source = _source(config, config.train_split)
   return TrainIterator(source, config, seed, share)
@@ -287,7 +153,7 @@ def make_eval_batches(
   Raises:
     ValueError: as `make_train_iterator`.
   """
-  config = _parse(data_config)
+  config = parse(data_config)
   share = _share(batch_size, process_index, process_count)
   source = _source(config, split or config.eval_split)
   if config.dense:
@@ -311,12 +177,13 @@ class EvalBatches:
     self._batches, self._guard = batches, watch
 
   def __iter__(self):
-    iterator = iter(self._batches)
-    for step in itertools.count():
-      batch = self._guard.next(iterator, step)
-      if batch is None:
-        return
-      yield batch
+    # A walk that stops early ends its workers, without waiting for collection.
+    with contextlib.closing(iter(self._batches)) as iterator:
+      for step in itertools.count():
+        batch = self._guard.next(iterator, step)
+        if batch is None:
+          return
+        yield batch
 
 
 def _train_indices(source, config, seed, batch_size, start, stop, step):
@@ -387,8 +254,6 @@ def _prefetch(config, batches):
   if not config.num_workers:
     read = grain.ReadOptions(config.num_threads, 2 * config.num_threads)
     return batches.to_iter_dataset(read)
-  from absl import flags
-
   # grain hands absl's flags to its workers; only absl.app.run parses them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
@@ -416,30 +281,10 @@ def _share(batch_size, process_index, process_count):
   if batch_size % process_count or batch_size < process_count:
     raise ValueError(
       f'Batch size {batch_size} is not divisible by the {process_count} '
-      'processes: change the config field batch_size.'
+      'processes: change config.batch_size or config.eval_batch_size.'
     )
   local = batch_size // process_count
   return batch_size, process_index * local, (process_index + 1) * local
-
-
-def _row(name):
-  if name not in datasets.DATASETS:
-    raise ValueError(
-      f'data.name is {name!r}, expected one of {sorted(datasets.DATASETS)}.'
-    )
-  return datasets.DATASETS[name]
-
-
-def _parse(data_config):
-  """`DataConfig` of a mapping; a field that does not exist is refused."""
-  known = [field.name for field in dataclasses.fields(DataConfig)]
-  for field in data_config:
-    if field not in known:
-      close = difflib.get_close_matches(field, known, 1) or known
-      raise ValueError(
-        f'Unknown config field data.{field}; did you mean {", ".join(close)}?'
-      )
-  return DataConfig(**data_config)
 
 
 # What decides the images that a source holds.
@@ -458,19 +303,18 @@ _SOURCE_FIELDS = (
 # Two splits: later stages of a run find what earlier ones decoded.
 @functools.lru_cache(maxsize=2)
 def _cached_source(config, split):
-  row = _row(config.name)
+  row = datasets.DATASETS[config.name]
   return datasets.Cached(row.load(row, config, split), config.cache_pixels)
 
 
 def _source(config, split):
+  row = datasets.DATASETS[config.name]
   if config.dense:
-    row = _row(config.name)
     return row.load_dense(row, config, split)
   if config.cache_pixels:
     images = {name: getattr(config, name) for name in _SOURCE_FIELDS}
     source = _cached_source(DataConfig(**images), split)
   else:
-    row = _row(config.name)
     source = row.load(row, config, split)
   if config.labels_per_class is None or split != config.train_split:
     return source

@@ -93,8 +93,14 @@ def prepare_folder(data_dir, out, splits=('train', 'val')):
     splits: (training, evaluation).
 
   Raises:
-    ValueError: the folders are not as expected, or the disk is too small.
+    ValueError: the folders are not as expected, the disk is too small, or `out`
+      has shards of other images.
   """
+  if len(splits) != 2:
+    raise ValueError(
+      f'--splits is {",".join(splits)}, expected two folders of --data_dir: '
+      'for training and for evaluation.'
+    )
   out = pathlib.Path(out).expanduser()
   out.mkdir(parents=True, exist_ok=True)
   sources = {
@@ -112,14 +118,16 @@ def prepare_folder(data_dir, out, splits=('train', 'val')):
   written = {}
   for split, source in sources.items():
 
-    def examples(part, source=source):
-      for i in part:
-        example = source[i]
-        name = os.path.relpath(example['name'], source.root)
-        yield example['image'], example['label'], name
+    def listed(part, source=source):
+      names = [os.path.relpath(source.name(i), source.root) for i in part]
+      return list(zip(source.labels()[part].tolist(), names, strict=True))
+
+    def examples(part, source=source, listed=listed):
+      for i, (label, name) in zip(part, listed(part), strict=True):
+        yield source[i]['image'], label, name
 
     parts = _parts(len(source), _IMAGES_A_SHARD)
-    written[split] = _write_shards(out, split, parts, examples)
+    written[split] = _write_shards(out, split, parts, examples, listed)
   _write_index(out, datasets.folder_classes(data_dir, splits), written)
 
 
@@ -129,9 +137,6 @@ def write_shard(path, examples):
   Args:
     path: `X.array_record`.
     examples: iterable of (encoded image, label, name).
-
-  Returns:
-    The number of examples.
   """
   partial = path.with_suffix('.partial')
   partial.unlink(missing_ok=True)
@@ -155,7 +160,6 @@ def write_shard(path, examples):
     names=np.asarray(names, np.bytes_),
   )
   os.replace(partial, path)  # last: a shard of this name is whole
-  return len(labels)
 
 
 def _train(archive, out, classes):
@@ -197,25 +201,36 @@ def _validation(archive, out, classes, truth):
       )
     label_of = {name: label for label, name in enumerate(classes)}
 
+    def listed(part):
+      return [(label_of[truth[i]], members[i].name) for i in part]
+
     def examples(part):
-      for i in part:
-        image = tar.extractfile(members[i]).read()
-        yield image, label_of[truth[i]], members[i].name
+      for i, (label, name) in zip(part, listed(part), strict=True):
+        yield tar.extractfile(members[i]).read(), label, name
 
     parts = _parts(len(members), _IMAGES_A_SHARD)
-    return _write_shards(out, 'val', parts, examples)
+    return _write_shards(out, 'val', parts, examples, listed)
 
 
-def _write_shards(out, split, parts, examples):
-  """Writes the shards that are not there; [{'file', 'count'}, ...] of all."""
+def _write_shards(out, split, parts, examples, listed=None):
+  """Writes the shards that are not there; [{'file', 'count'}, ...] of all.
+
+  `listed` gives the (label, name) of each image of a part, where that is known
+  without reading the images: a shard from before has to hold the same.
+  """
   shards = []
   for number, part in enumerate(tqdm(parts, desc=split, unit='shard')):
     path = out / f'{split}-{number:05d}-of-{len(parts):05d}.array_record'
-    if path.is_file():
-      count = len(records.read_table(path)[0])
-    else:
-      count = write_shard(path, examples(part))
-    shards.append({'file': path.name, 'count': count})
+    if not path.is_file():
+      write_shard(path, examples(part))
+    labels, names = records.read_table(path)
+    held = zip(labels.tolist(), map(os.fsdecode, names), strict=True)
+    if listed and list(held) != listed(part):
+      raise ValueError(
+        f'{path} was made of other images than there are now: choose another '
+        f'--out, or remove {out}.'
+      )
+    shards.append({'file': path.name, 'count': len(labels)})
   return shards
 
 

@@ -49,6 +49,7 @@ def crop_and_resize(encoded, image_size, box, size):
     return None
   rows, columns = pixels.shape[:2]
   x, y = columns / image_size[0], rows / image_size[1]
+  left, top, right, bottom = left * x, top * y, right * x, bottom * y
   kind = resizer.PixelType.U8x3
   source = resizer.ImageData(columns, rows, kind, pixels.tobytes())
   target = resizer.ImageData(width, height, kind)
@@ -59,8 +60,9 @@ def crop_and_resize(encoded, image_size, box, size):
       resize_alg=resizer.ResizeAlg.convolution(
         resizer.FilterType.catmull_rom  # the bicubic of Pillow
       ),
+      # A crop beyond the image, were it by a rounding, is refused.
       crop_box=resizer.CropBox(
-        left * x, top * y, (right - left) * x, (bottom - top) * y
+        *(left, top, min(right, columns) - left, min(bottom, rows) - top)
       ),
     ),
   )

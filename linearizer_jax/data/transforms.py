@@ -12,9 +12,11 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from linearizer_jax.data import simd
 
+GREY = (124, 116, 104)  # the mean of ImageNet: fills what no image covers
 _BICUBIC = Image.Resampling.BICUBIC
-# What Pillow raises on damaged files.
+# What Pillow raises on damaged files, and on damaged headers.
 _DECODING_ERRORS = (OSError, SyntaxError, Image.DecompressionBombError)
+_OPENING_ERRORS = (*_DECODING_ERRORS, ValueError)
 
 
 class BrokenImageError(ValueError):
@@ -25,12 +27,12 @@ def train_image(example, config, rng):
   """Decodes and augments one training example.
 
   Random-resized-crop, flip, shift and rotation, 3-Augment, colour, RandAugment,
-  in this order. A step whose field in `pipeline.DataConfig` is off draws
+  in this order. A step whose field in `config.DataConfig` is off draws
   nothing.
 
   Args:
     example: dict of `image` (encoded bytes or uint8 (h, w, 3)), `name`.
-    config: `pipeline.DataConfig`.
+    config: `config.DataConfig`.
     rng: `np.random.Generator`.
 
   Returns:
@@ -74,7 +76,7 @@ def eval_image(example, config):
 
   Args:
     example: dict of `image` (encoded bytes or uint8 (h, w, 3)), `name`.
-    config: `pipeline.DataConfig`.
+    config: `config.DataConfig`.
 
   Returns:
     uint8 (H, W, 3) with (H, W) = `config.image_size`.
@@ -97,7 +99,7 @@ def open_image(example):
     return Image.fromarray(image)
   try:
     return Image.open(io.BytesIO(image))
-  except _DECODING_ERRORS as error:
+  except _OPENING_ERRORS as error:
     raise BrokenImageError(_broken(example['name'], error)) from error
 
 
@@ -124,7 +126,7 @@ def image_size(path):
   try:
     with Image.open(path) as image:
       return image.height, image.width
-  except _DECODING_ERRORS as error:
+  except _OPENING_ERRORS as error:
     raise BrokenImageError(_broken(path, error)) from error
 
 
@@ -248,9 +250,10 @@ def center_crop_box(image_size, size, fraction):
   """
   width, height = image_size
   scale = fraction * min(width / size[1], height / size[0])
-  w, h = scale * size[1], scale * size[0]
-  left, top = (width - w) / 2, (height - h) / 2
-  return left, top, left + w, top + h
+  # The longer side of the crop may be longer than the image by a rounding.
+  left = max(0.0, (width - scale * size[1]) / 2)
+  top = max(0.0, (height - scale * size[0]) / 2)
+  return left, top, width - left, height - top
 
 
 def shift_and_rotate(image, shift_pixels, rotate_degrees, rng):
@@ -350,7 +353,7 @@ def rand_augment(image, num_ops, magnitude, magnitude_std, rng):
 
 def _affine(image, *matrix):
   return image.transform(
-    image.size, Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=_GREY
+    image.size, Image.Transform.AFFINE, matrix, _BICUBIC, fillcolor=GREY
   )
 
 
@@ -365,8 +368,6 @@ def _enhance(kind):
   return lambda image, share, sign: kind(image).enhance(1 + 0.9 * share * sign)
 
 
-# What comes in at the edges of a moved image: the mean of ImageNet.
-_GREY = (124, 116, 104)
 # (image, share of the full strength, sign) -> image.
 _RAND_AUGMENT = {
   'autocontrast': lambda image, share, sign: ImageOps.autocontrast(image),
@@ -384,7 +385,7 @@ _RAND_AUGMENT = {
   'brightness': _enhance(ImageEnhance.Brightness),
   'sharpness': _enhance(ImageEnhance.Sharpness),
   'rotate': lambda image, share, sign: image.rotate(
-    30 * share * sign, _BICUBIC, fillcolor=_GREY
+    30 * share * sign, _BICUBIC, fillcolor=GREY
   ),
   'shear_x': lambda image, share, sign: _affine(
     image, 1, 0.3 * share * sign, 0, 0, 1, 0

@@ -102,12 +102,14 @@ class Segment:
     variables = self._variables(params, frozen)
     images = inputs.normalize(batch['image'], self.mean, self.std)
     data = self.config.data
+    window = layers.as_pair(data.eval_window)
+    stride = layers.as_pair(data.eval_stride)
     logits = window_logits(
       lambda x: self._logits(variables, x),
       images,
       batch['size'],
-      layers.as_pair(data.eval_window),
-      layers.as_pair(data.eval_stride or data.eval_window),
+      window,
+      tuple(s or w for s, w in zip(stride, window, strict=True)),
     )
     return score(logits, batch['size'], batch['label'], batch['label_size'])
 
