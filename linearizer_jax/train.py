@@ -81,8 +81,7 @@ def run_stage(config, workdir, devices=None, shared=None):
     pipeline.make_eval_batches, data, batch_size=config.eval_batch_size, **share
   )
   eval_batches = whole_split()
-  steps_per_epoch = pipeline.num_train_examples(data) / batch_size
-  total_steps = config.steps or math.ceil(config.epochs * steps_per_epoch)
+  total_steps, steps_per_epoch = _length(config, data)
   eval_every = round(config.log.eval_every_epochs * steps_per_epoch)
   draw_every = round(config.log.images_every_epochs * steps_per_epoch)
 
@@ -221,10 +220,17 @@ def check_stage(config, devices=None):
     pipeline.make_train_iterator(data, batch_size=mesh.size, seed=0).close()
   if config.task == 'evaluate':
     probe.check(config.evaluate, pipeline.num_train_examples(data))
+  optimizer.learning_rates(config, *_length(config, data))
   start.weights_source(config)
   task = tasks.make_task(config, mesh, num_classes)
   shape = tasks.image_shape(config)
   jax.eval_shape(lambda key: task.init(key, shape), jax.random.key(0))
+
+
+def _length(config, data):
+  """Updates of a stage, and of an epoch."""
+  per_epoch = pipeline.num_train_examples(data) / config.batch_size
+  return config.steps or math.ceil(config.epochs * per_epoch), per_epoch
 
 
 # ----------------------------------------------------------------- programs
