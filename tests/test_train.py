@@ -170,6 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     ({'task': 'paint'}, 'config.task'),
     ({'student.name': 'resnet'}, 'no model'),
     ({'student.head_dim': 8}, 'no field head_dim'),
+    ({'schedule.warmup_epochs': 99.0}, 'schedule.warmup_epochs'),
   ],
 )
 def test_bad_configs_are_refused_before_anything_starts(changes, words):
