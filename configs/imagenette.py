@@ -18,9 +18,9 @@ teacher, `none` and `both` in one work directory; the command goes on where it
 was stopped. `rows=none+both` picks rows, `seeds=1` the first seeds, `length=4`
 makes every training four times as long.
 
-Scales: `scale=cpu` (default) is made for two cores and about 100 minutes for
-the table `losses`, reckoned from the time of single updates; `scale=gpu` for
-one H200 and 20 minutes, not run by us.
+Scales: `scale=cpu` (default) takes four minutes a row and seed on one core, so
+that the table `losses` is a matter of 100 minutes; `scale=gpu` is made for one
+H200 and 20 minutes, and was not run by us.
 """
 
 from configs import common

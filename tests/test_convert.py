@@ -574,7 +574,18 @@ def test_a_student_that_comes_with_the_package(
   )
 
 
-def test_what_comes_with_the_package_is_small():
+def test_what_comes_with_the_package_is_small_and_loads():
   for name in load.PACKAGED:
     files = list((load.WEIGHTS_FOLDER / name).glob('*'))
-    assert sum(path.stat().st_size for path in files) <= load.PACKAGED_BYTES
+    assert 0 < sum(path.stat().st_size for path in files) <= load.PACKAGED_BYTES
+    model, variables, preprocess = linearizer_jax.load(name)
+    noise = np.random.default_rng(0).integers(0, 256, (150, 200, 3), np.uint8)
+    picture = Image.fromarray(noise)
+    images = np.concatenate(
+      [preprocess(picture), preprocess(Image.new('RGB', (90, 60), 'blue'))]
+    )
+    logits, _ = jax.jit(model.apply)(variables, images)
+    assert logits.shape == (2, 10)
+    # Trained: sure of something, and of different things.
+    assert np.ptp(logits, axis=-1).min() > 1
+    assert np.abs(logits[0] - logits[1]).max() > 1

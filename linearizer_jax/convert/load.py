@@ -29,7 +29,9 @@ from linearizer_jax.models.teachers import IMAGENET, TEACHERS
 # Students that come with the package: a name and what its card has to add.
 PACKAGED = {
   'adventurer_imagenette': (
-    'Trained on Imagenette, ten classes of ImageNet. The code is under '
+    'Trained on Imagenette, ten classes of ImageNet, in this order: tench, '
+    'English springer, cassette player, chain saw, church, French horn, '
+    'garbage truck, gas pump, golf ball, parachute. The code is under '
     'Apache-2.0; the images are under the terms of ImageNet, for research and '
     'education that is not commercial, and whoever uses these weights should '
     'keep to them.'
