@@ -27,7 +27,7 @@ LOSSES = {
 }
 # Of the supervised student; the best of the three counts.
 RATES = {'low': 1e-3, 'middle': 2e-3, 'high': 4e-3}
-TEACHER_STEPS, DISTILL_STEPS, FEW_STEPS = 800, 700, 150
+TEACHER_STEPS, DISTILL_STEPS, FEW_STEPS = 800, 600, 150
 
 
 def get_config(argument=None):
