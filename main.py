@@ -59,13 +59,14 @@ def main(argv):
   if flags.FLAGS.plan:
     plan.plan(stages[0], flags.FLAGS.plan, flags.FLAGS.out)
     return
-  train.check_stages(stages)
-  checkpoint.claim_workdir(workdir, config)
-  programs = {}
-  for stage in stages:
-    train.run_stage(stage, workdir, shared=programs)
-  if hosts.is_first():
-    report.write(config, workdir)
+  with hosts.ending_together():
+    train.check_stages(stages)
+    checkpoint.claim_workdir(workdir, config)
+    programs = {}
+    for stage in stages:
+      train.run_stage(stage, workdir, shared=programs)
+    if hosts.is_first():
+      report.write(config, workdir)
 
 
 def _default_workdir():

@@ -1,7 +1,11 @@
 """One run on many hosts: how its processes join, agree and stop together."""
 
+import contextlib
 import itertools
+import os
 import signal
+import sys
+import traceback
 
 import jax
 import numpy as np
@@ -53,6 +57,29 @@ def join(coordinator=None, num_processes=None, process_id=None):
 def is_first():
   """Whether this is process 0, which alone writes and speaks."""
   return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def ending_together():
+  """An error in one process of several ends the run of all.
+
+  Python's way out of a process waits for the others, which wait for this one in
+  the next collective. It ends at once instead; the others then fail, or are
+  ended by JAX when the heartbeat is missed, after 100 s.
+  """
+  try:
+    yield
+  except Exception:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    print(
+      f'Process {jax.process_index()} of {jax.process_count()} ends here, and '
+      'the others with it.',
+      file=sys.stderr,
+      flush=True,
+    )
+    os._exit(1)
 
 
 def wait_for_all(name):

@@ -206,6 +206,22 @@ def test_sigterm_to_one_process_saves_and_ends_all(one, tmp_path):
   assert f'step {step} is saved' in outputs(workdir)[0]
 
 
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(folder, tmp_path):
+  """Of a broken image only the process whose share it is hears."""
+  images = tmp_path / 'images'
+  shutil.copytree(folder, images)
+  (images / 'train' / '0' / '3.png').write_bytes(b'not an image')
+  workdir = tmp_path / 'run'
+  began = time.monotonic()
+  fields = 'data.name=folder', f'data.data_dir={images}', 'steps=100000'
+  group = start(workdir, 2, *fields)
+  for process in group:
+    assert process.wait(timeout=240) != 0, outputs(workdir)
+  print(f'start to the end of both took {time.monotonic() - began:.1f} s')
+  assert any('3.png' in text for text in outputs(workdir))
+
+
 @pytest.mark.parametrize('name', ['generated', 'folder'])
 @pytest.mark.parametrize('threads', [1, 3])
 def test_shares_are_disjoint_and_make_the_batch(name, threads, folder):
