@@ -138,7 +138,7 @@ def restore(manager, step, shapes):
   return manager.restore(step, args=args)[STATE]
 
 
-def describe(source, *, stage=None, step=None):
+def describe(source, *, stage=None, step=None, role=None):
   """Which checkpoint of a work directory is meant.
 
   Args:
@@ -146,6 +146,8 @@ def describe(source, *, stage=None, step=None):
     stage: name of a stage; the last finished one when None, else the last one
       that has a checkpoint.
     step: a saved step; the best when one was tracked, else the newest.
+    role: 'student' or 'teacher': only stages that train it count, where there
+      are some, when `stage` is None.
 
   Returns:
     {'stage', 'step', 'config'}, with the stage's resolved config as a dict.
@@ -154,7 +156,7 @@ def describe(source, *, stage=None, step=None):
     ValueError: no such directory, stage or step, naming those there are.
   """
   config = read_config(source)
-  stage = stage or _last_stage(source, config)
+  stage = stage or _last_stage(source, config, role)
   directory = stage_dir(source, stage) / 'checkpoints'
   if not directory.is_dir():
     have = [s for s in config['stages'] if stage_dir(source, s).is_dir()]
@@ -188,7 +190,7 @@ def load_params(source, *, stage=None, step=None, role=None, ema=True):
     ValueError: as `describe`; the stage trained another role; or the
       checkpoint is damaged.
   """
-  info = describe(source, stage=stage, step=step)
+  info = describe(source, stage=stage, step=step, role=role)
   stage, directory = info['stage'], stage_dir(source, info['stage'])
   saved = directory.absolute() / 'checkpoints' / str(info['step'])
   if damage := checksums.damage(saved):
@@ -275,9 +277,15 @@ def improvement(manager, options, metrics):
   return metrics if better > 0 else None
 
 
-def _last_stage(source, config):
+def _last_stage(source, config, role):
   """The last finished stage, else the last with a checkpoint."""
-  names = list(config['stages'])
+
+  def trained(stage):
+    fields = resolve_stage(config, stage)
+    return 'student' if fields['task'] == 'distill' else fields['train_role']
+
+  names = [name for name in config['stages'] if trained(name) == role]
+  names = names or list(config['stages'])
   for marker in ('result.json', 'checkpoints'):
     for name in reversed(names):
       if (stage_dir(source, name) / marker).exists():

@@ -211,6 +211,22 @@ def test_another_config_is_refused_by_name(tmp_path):
     checkpoint.claim_workdir(tmp_path, tiny(**{'optimizer.learning_rate': 0.1}))
 
 
+def test_the_last_stage_is_that_of_the_role(tmp_path):
+  config = tiny(train_role='student') | {'stages': ('first', 'last')}
+  config['per_stage'] = {'first': {'train_role': 'teacher'}}
+  checkpoint.claim_workdir(tmp_path, config)
+  for stage in config['stages']:
+    (tmp_path / stage).mkdir()
+    (tmp_path / stage / 'result.json').write_text('{}')
+  for role, stage in (
+    (None, 'last'),
+    ('student', 'last'),
+    ('teacher', 'first'),
+  ):
+    with pytest.raises(ValueError, match=f"no checkpoint of a stage '{stage}'"):
+      checkpoint.load_params(tmp_path, role=role)
+
+
 def test_a_report_leaves_out_stages_that_did_not_run():
   config = digits.get_config().to_dict() | {'stages': ('teacher', 'distill')}
   options = report.reported(config)
