@@ -190,15 +190,18 @@ def load_network(config, source, role, shapes, workdir):
       raise ValueError(
         f'{source!r} holds no weights for {config[role].name}: expected '
         "'stage:NAME', the work directory of a run or, for a student, weights "
-        'of an Adventurer. Change config.teacher.weights or config.init.'
+        'of an Adventurer. Change config.teacher.weights or config.init; other '
+        "weights of a ViT need config.teacher.name to be their family's, as "
+        'supervised_base_patch16 is for ViTs of transformers.'
       )
     own = source in ('', config[role].name)
+    model, _ = models.from_config(config, role)
     return weights.load_weights(
       row.source if own else source,
       row.family,
       shapes,
       archive=row.archive,
-      activation=models.create_model(row.model).activation,
+      fields=dict(activation=model.activation, num_heads=model.num_heads),
     )
   _log.info('%s from %s, step %d', role, info['stage'], info['step'])
   old_config = ml_collections.ConfigDict(info['config'])

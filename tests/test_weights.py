@@ -120,8 +120,18 @@ def test_activation_comes_with_the_weights(clip_params, tmp_path):
   config.write_text(json.dumps({'vision_config': {'hidden_act': 'gelu'}}))
   assert activation() == 'gelu'
   with pytest.raises(ValueError, match="asks for activation 'gelu', the model"):
-    weights.load_weights(tmp_path, 'clip', clip_params, activation='quick_gelu')
-  weights.load_weights(tmp_path, 'clip', clip_params, activation='gelu')
+    weights.load_weights(
+      tmp_path, 'clip', clip_params, fields={'activation': 'quick_gelu'}
+    )
+  config.write_text(
+    json.dumps({'hidden_act': 'gelu', 'num_attention_heads': 4})
+  )
+  ours = {'activation': 'gelu', 'num_heads': 4}
+  weights.load_weights(tmp_path, 'clip', clip_params, fields=ours)
+  with pytest.raises(ValueError, match='asks for num_heads 4, the model has 2'):
+    weights.load_weights(
+      tmp_path, 'clip', clip_params, fields=ours | {'num_heads': 2}
+    )
   config.write_text(json.dumps({'hidden_act': 'gelu_pytorch_tanh'}))
   assert activation() == 'gelu_tanh'
   config.write_text(json.dumps({'hidden_act': 'swish'}))

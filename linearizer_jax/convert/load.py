@@ -185,8 +185,8 @@ def load_teacher(name, source=None, *, key=None, **overrides):
   Returns:
     (model, variables, row): the linen Module; {'params': ...} as numpy arrays
     on the host, or jax arrays for 'random'; and the row, which has mean, std
-    and image_size. The activation is the one that a config file beside the
-    weights names, where there is one.
+    and image_size. Activation and number of heads are those that a config
+    file beside the weights names, where there is one.
 
   Raises:
     ValueError: unknown name, no weights to be had, or weights that do not fit.

@@ -230,8 +230,9 @@ def _refuse_mismatch(expected, found, nameless, ignored, source):
   if parts:
     raise ValueError(
       f'{source} does not fit the model. {"; ".join(parts)}. Choose the model '
-      'these weights were made for (num_classes=0 leaves a head out), or the '
-      'weights of this model.'
+      'these weights were made for (of a teacher config.teacher.name and its '
+      'width, depth, num_heads, patch_size, image_size; num_classes=0 leaves '
+      'a head out), or the weights of this model.'
     )
 
 

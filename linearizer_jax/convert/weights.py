@@ -36,7 +36,7 @@ ACTIVATIONS = {
 }
 
 
-def load_weights(source, family, shapes, *, archive=None, activation=None):
+def load_weights(source, family, shapes, *, archive=None, fields=None):
   """Published weights as parameters of one of our models.
 
   Args:
@@ -44,8 +44,8 @@ def load_weights(source, family, shapes, *, archive=None, activation=None):
     family: a key of FAMILIES.
     shapes: parameter tree of the model, of anything with shape and dtype.
     archive: as in `models.teachers.Teacher`, for its checksum, or None.
-    activation: the model's; weights that ask for another are refused. None:
-      whatever they ask for.
+    fields: of the model, as `published_fields` names them; weights that ask for
+      other ones are refused. None: whatever they ask for.
 
   Returns:
     Nested dict of numpy arrays.
@@ -57,13 +57,14 @@ def load_weights(source, family, shapes, *, archive=None, activation=None):
   """
   path = find_weights(source)
   check_archive_sha256(path, archive)
-  published = activation and published_fields(path).get('activation')
-  if published and published != activation:
-    raise ValueError(
-      f'the config beside {path} asks for activation {published!r}, the model '
-      f'has {activation!r} and would compute something else. Set its field '
-      f'activation={published!r}, or choose the teacher these weights are of.'
-    )
+  published = published_fields(path) if fields else {}
+  for name, value in published.items():
+    if fields.get(name, value) != value:
+      raise ValueError(
+        f'the config beside {path} asks for {name} {value!r}, the model has '
+        f'{fields[name]!r} and would compute something else. Set its field '
+        f'{name}={value!r}, or choose the teacher these weights are of.'
+      )
   tensors = read_tensors(path)
   return tables.from_state_dict(FAMILIES[family], tensors, shapes, path)
 
@@ -183,14 +184,14 @@ def _check_sha256(path, published):
 def published_fields(path):
   """Model fields that a config file beside the weights settles.
 
-  The same tensors mean another network with another activation, so it comes
-  with the weights.
+  The same tensors mean another network with another activation or number of
+  heads, so these come with the weights.
 
   Args:
     path: the weights file.
 
   Returns:
-    {'activation': ...} or {}.
+    A dict with `activation` and `num_heads`, or less.
 
   Raises:
     ValueError: an activation that ViT does not have.
@@ -203,7 +204,8 @@ def published_fields(path):
     if 'model_cfg' in config:  # OpenCLIP
       quick = config['model_cfg'].get('quick_gelu', False)
       return {'activation': 'quick_gelu' if quick else 'gelu'}
-    activation = config.get('vision_config', config).get('hidden_act')
+    config = config.get('vision_config', config)
+    activation = config.get('hidden_act')
     if activation is None:
       continue
     if activation not in ACTIVATIONS:
@@ -211,7 +213,10 @@ def published_fields(path):
         f'{file} asks for activation {activation!r}; known are '
         f'{", ".join(ACTIVATIONS)}.'
       )
-    return {'activation': ACTIVATIONS[activation]}
+    fields = {'activation': ACTIVATIONS[activation]}
+    if 'num_attention_heads' in config:
+      fields['num_heads'] = config['num_attention_heads']
+    return fields
   return {}
 
 
