@@ -18,7 +18,12 @@ def parse(argument, **defaults):
         f'{", ".join(sorted(values.keys()))}.'
       )
     kind = type(values[name])
-    values[name] = kind(value) if kind is not bool else value in ('', 'True')
+    try:
+      values[name] = kind(value) if kind is not bool else value in ('', 'True')
+    except ValueError as error:
+      raise ValueError(
+        f'{item} after the colon of --config: expected {name}={kind.__name__}.'
+      ) from error
   return values
 
 

@@ -147,7 +147,8 @@ def _plain(config, options):
   config.eval_batch_size = 128
   config.epochs = options.epochs
   config.optimizer.learning_rate = 1e-3
-  config.schedule.warmup_epochs = 5.0
+  shortest = min(options.epochs, options.teacher_epochs)
+  config.schedule.warmup_epochs = min(5.0, shortest / 4)
   config.checkpoint.every_steps = 200
 
   for section in (config.student, config.teacher):

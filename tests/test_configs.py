@@ -7,6 +7,7 @@ import jax
 import ml_collections
 import pytest
 
+from configs import common
 from linearizer_jax import (
   checkpoint,
   models,
@@ -119,6 +120,17 @@ def test_recipe_of_fine_tuning(argument, network, size, epochs, drop_path):
 def test_unknown_argument_is_refused():
   with pytest.raises(ValueError, match='epoch'):
     get_config('distill_base', 'epoch=3')
+
+
+def test_value_of_an_argument_is_refused_by_name():
+  with pytest.raises(ValueError, match=r'epochs=ten .*expected epochs=float'):
+    common.parse('epochs=ten', epochs=60.0)
+
+
+def test_a_short_run_has_a_short_warm_up():
+  for argument, epochs in (('epochs=2', 0.5), ('', 5.0)):
+    config = importlib.import_module('configs.imagenette').get_config(argument)
+    assert config.schedule.warmup_epochs == epochs
 
 
 def test_unknown_field_is_refused_by_name():

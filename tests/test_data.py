@@ -413,6 +413,11 @@ def test_folder_errors(folder, tmp_path):
   error('val/emu holds no file')
   (tmp_path / 'val' / 'fox').mkdir()
   error(r"only in val: \['fox'\]")
+  error(
+    'train/train: .* The folders in .*train: cat, dog, emu',
+    data_dir=str(tmp_path / 'train'),
+  )
+  error('There is no .*nowhere either', data_dir=str(tmp_path / 'nowhere'))
   (tmp_path / 'bare').mkdir()
   error('has no class folders', train_split='bare')
 

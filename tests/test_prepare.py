@@ -229,7 +229,8 @@ def test_flat_evaluation_split(folder, paired):
     place.rmdir()
   lines = ['cat', 'cat', 'dog', 'dog']
   if paired:
-    files = ['cat0.jpg', 'cat1.jpg', 'dog0.jpg', 'dog1.jpg']
+    (folder / 'val' / 'cat1.jpg').rename(folder / 'val' / 'cat 1.jpg')
+    files = ['cat0.jpg', 'cat 1.jpg', 'dog0.jpg', 'dog1.jpg']
     lines = [f'{f} {name}' for f, name in zip(files, lines, strict=True)][::-1]
   (folder / 'val_labels.txt').write_text('\n'.join(lines))
   found = datasets.open_folder(folder, ('train', 'val'), 'val')

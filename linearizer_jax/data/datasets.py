@@ -249,7 +249,7 @@ def folder_classes(data_dir, splits):
     root = pathlib.Path(data_dir).expanduser()
     folder = root / split
     if not folder.is_dir():
-      raise ValueError(f'There is no folder {folder}: {layout}')
+      raise ValueError(f'There is no folder {folder}: {layout}{_found(root)}')
     if _labels_file(root, split).is_file():
       names = set(_flat_labels(root, split).values())
     else:
@@ -269,6 +269,15 @@ def folder_classes(data_dir, splits):
   return sorted(classes[0])
 
 
+def _found(root):
+  """What a folder holds, for who is a level too high or too low."""
+  if not root.is_dir():
+    return f' There is no {root} either.'
+  names = sorted(path.name for path in root.iterdir() if path.is_dir())
+  shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+  return f' The folders in {root}: {shown or "none"}.'
+
+
 def _labels_file(root, split):
   return root / f'{split}_labels.txt'
 
@@ -276,7 +285,9 @@ def _labels_file(root, split):
 def _flat_labels(root, split):
   """{file: class} of a flat folder, from lines 'class' or 'file class'."""
   path, files = _labels_file(root, split), listing.image_names(root / split)
-  lines = list(filter(None, map(str.split, path.read_text().splitlines())))
+  # From the right: names of files may hold spaces.
+  lines = [line.rsplit(None, 1) for line in path.read_text().splitlines()]
+  lines = list(filter(None, lines))
   if all(len(line) == 1 for line in lines) and len(lines) == len(files):
     return {file: name for file, (name,) in zip(files, lines, strict=True)}
   named = dict(line for line in lines if len(line) == 2)
