@@ -158,3 +158,15 @@ def test_a_source_folder_without_editable_install_says_so():
   )
   assert done.returncode
   assert 'pip install -e .' in done.stderr.splitlines()[-1]
+
+
+def test_importing_the_data_is_light():
+  heavy = ['tensorflow', 'tensorflow_datasets', 'torch', 'sklearn']
+  code = (
+    'import sys; import linearizer_jax.data.pipeline; '
+    f'print([name for name in {heavy} if name in sys.modules])'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=True
+  )
+  assert result.stdout.strip() == '[]'
