@@ -183,14 +183,14 @@ def _check_sha256(path, published):
 def published_fields(path):
   """Model fields that a config file beside the weights settles.
 
-  The same tensors mean another network with another activation, so it comes
-  with the weights.
+  The same tensors mean another network with another activation, and positions
+  do not say height and width, so these come with the weights.
 
   Args:
     path: the weights file.
 
   Returns:
-    {'activation': ...} or {}.
+    A dict with 'activation' and 'image_size', as far as the file says.
 
   Raises:
     ValueError: an activation that ViT does not have.
@@ -201,9 +201,12 @@ def published_fields(path):
       continue
     config = json.loads(file.read_text(encoding='utf-8'))
     if 'model_cfg' in config:  # OpenCLIP
-      quick = config['model_cfg'].get('quick_gelu', False)
-      return {'activation': 'quick_gelu' if quick else 'gelu'}
-    activation = config.get('vision_config', config).get('hidden_act')
+      config = config['model_cfg']
+      quick = config.get('quick_gelu', False)
+      fields = {'activation': 'quick_gelu' if quick else 'gelu'}
+      return fields | _size(config.get('vision_cfg', {}))
+    config = config.get('vision_config', config)
+    activation = config.get('hidden_act')
     if activation is None:
       continue
     if activation not in ACTIVATIONS:
@@ -211,8 +214,16 @@ def published_fields(path):
         f'{file} asks for activation {activation!r}; known are '
         f'{", ".join(ACTIVATIONS)}.'
       )
-    return {'activation': ACTIVATIONS[activation]}
+    return {'activation': ACTIVATIONS[activation]} | _size(config)
   return {}
+
+
+def _size(config):
+  """The image size of a published config, as a field of the model."""
+  size = config.get('image_size')
+  if size is None:
+    return {}
+  return {'image_size': tuple(size) if isinstance(size, list) else size}
 
 
 def read_tensors(path, ema=False):
