@@ -24,6 +24,7 @@ from orbax.checkpoint import checkpoint_managers
 from linearizer_jax import checksums, hosts
 
 STATE = 'state'
+SAVED = '*/checkpoints'  # of all stages, in a work directory
 # What may differ when a run goes on: it changes no number.
 FREE_TO_CHANGE = (
   'log.',
@@ -156,6 +157,13 @@ def describe(source, *, stage=None, step=None, role=None):
     ValueError: no such directory, stage or step, naming those there are.
   """
   config = read_config(source)
+  if not any(
+    checksums.saved_steps(path) for path in pathlib.Path(source).glob(SAVED)
+  ):
+    raise ValueError(
+      f'{source} has no finished checkpoint yet. Wait for the run, or give its '
+      'command again: it goes on and saves as config.checkpoint says.'
+    )
   stage = stage or _last_stage(source, config, role)
   directory = stage_dir(source, stage) / 'checkpoints'
   if not directory.is_dir():
@@ -346,6 +354,12 @@ def write_json(path, value):
 
 def read_json(path):
   return json.loads(pathlib.Path(path).read_text())
+
+
+def is_workdir(path):
+  """Whether a folder is that of a run, saved or not; an export is none."""
+  file = pathlib.Path(path) / 'config.json'
+  return file.is_file() and 'stages' in read_json(file)
 
 
 def read_config(workdir):

@@ -7,6 +7,10 @@ pass in test_adventurer.py.
 import argparse
 import json
 import math
+import os
+import subprocess
+import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +23,14 @@ from safetensors.numpy import load_file, save_file
 import linearizer_jax
 from configs import digits
 from linearizer_jax import checkpoint, start
-from linearizer_jax.convert import FAMILIES, __main__, export, load, tables
+from linearizer_jax.convert import (
+  FAMILIES,
+  __main__,
+  export,
+  load,
+  tables,
+  weights,
+)
 from linearizer_jax.kernels.ssd import ssd
 from linearizer_jax.models import create_model, list_models
 
@@ -184,7 +195,10 @@ def test_released_names_and_shapes(name):
   ],
 )
 def test_full_sizes(size, tmp_path):
-  """Both ways bit-equal; the exported module equals ours at three sizes."""
+  """Both ways bit-equal; the exported module equals ours at three sizes.
+
+  The figures are printed: `pytest -m '' -k full_sizes -s`.
+  """
   model = create_model(f'adventurer_{size}_patch16')
   params = random_params(model)
   file = write(tmp_path / 'released', model, params)
@@ -197,6 +211,7 @@ def test_full_sizes(size, tmp_path):
 
   differences = export.export(file, tmp_path / 'out')
   assert differences[export.WEIGHTS] <= TOLERANCE
+  print(f'\n{size} 224 x 224: {differences[export.WEIGHTS]:.1e}')
   other = torch_adventurer.load(tmp_path / 'out')
   blocks = (model.depth // 2 - 1, model.depth - 1)
   for image_size in ((448, 448), (320, 512)):
@@ -205,11 +220,45 @@ def test_full_sizes(size, tmp_path):
       logits = other(nchw(images)).numpy()
       maps = other.features(nchw(images), blocks)
     ours, out = jax.jit(model.apply)({'params': params}, images)
-    assert export.relative_difference(logits, ours) <= TOLERANCE
-    for n in blocks:
-      found = maps[f'block{n:02d}'].flatten(2).mT.numpy()
-      expected = np.asarray(out[f'block{n:02d}'])
-      assert export.relative_difference(found, expected) <= TOLERANCE
+    found = {n: maps[f'block{n:02d}'].flatten(2).mT.numpy() for n in blocks}
+    errors = [export.relative_difference(logits, ours)] + [
+      export.relative_difference(found[n], np.asarray(out[f'block{n:02d}']))
+      for n in blocks
+    ]
+    print(f'{size} {image_size}: logits, maps', *(f'{x:.1e}' for x in errors))
+    assert np.max(errors) <= TOLERANCE
+  images = images_of(model, (224, 224))[:1]
+  errors = gradient_differences(model, params, other, images)
+  print(f'{size} gradient: {max(errors.values()):.1e}')
+  assert not {name: x for name, x in errors.items() if not x <= 1e-4}
+
+
+def gradient_differences(model, params, other, images):
+  """{parameter: largest relative difference} of a loss, ours and in torch."""
+
+  def loss(params):
+    return (model.apply({'params': params}, images)[0] ** 2).mean()
+
+  expected = tables.to_state_dict(ADVENTURER, jax.jit(jax.grad(loss))(params))
+  other(nchw(images)).square().mean().backward()
+  found = dict(other.named_parameters())
+  assert set(found) == set(expected)
+  return {
+    name: export.relative_difference(found[name].grad.numpy(), gradient)
+    for name, gradient in expected.items()
+  }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base', 'large'])
+def test_patches_of_8_are_bit_equal(size, tmp_path):
+  model = create_model(f'adventurer_{size}_patch8')
+  params = random_params(model)
+  loaded = load.load(write(tmp_path / 'in', model, params))
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded.variables['params'], params
+  )
+  assert (loaded.model.width, loaded.model.patch_size) == (model.width, 8)
 
 
 @pytest.mark.parametrize('flips', ['alternate', (0, 4), 'released'])
@@ -233,17 +282,8 @@ def test_flips_groups_and_gradients(flips, tmp_path, caplog):
   images = images_of(model, (32, 32))
   with pytest.raises(ValueError, match='32 x 34 pixels: both'):
     other(torch.zeros(1, 3, 32, 34))  # a convolution would drop two columns
-  other(nchw(images)).square().mean().backward()
-
-  def loss(params):
-    return (model.apply({'params': params}, images)[0] ** 2).mean()
-
-  expected = tables.to_state_dict(ADVENTURER, jax.jit(jax.grad(loss))(params))
-  found = dict(other.named_parameters())
-  assert set(found) == set(expected)
-  for name, gradient in expected.items():
-    difference = export.relative_difference(found[name].grad.numpy(), gradient)
-    assert difference <= 1e-4, name
+  errors = gradient_differences(model, params, other, images)
+  assert not {name: x for name, x in errors.items() if not x <= 1e-4}
 
 
 @pytest.mark.parametrize(
@@ -353,17 +393,41 @@ def test_onnx(student_run, tmp_path):
 
 
 @pytest.mark.slow
-def test_onnx_at_786_tokens(tmp_path):
-  """As many as 448 pixels give: twelve chunks."""
+@pytest.mark.parametrize('image_size', [224, 448])
+def test_onnx_of_the_base_model(image_size, tmp_path):
+  """All blocks, 198 and 786 tokens: three chunks and twelve."""
   pytest.importorskip('onnxruntime')
   pytest.importorskip('onnxscript')
-  fields = SMALL | {'depth': 1, 'image_size': 112}
-  model = create_model('adventurer_tiny_patch16', **fields)
-  file = write(
-    tmp_path / 'in', model, random_params(model), state_dim=SMALL['state_dim']
-  )
+  model = create_model('adventurer_base_patch16', image_size=image_size)
+  file = write(tmp_path / 'in', model, random_params(model))
   differences = export.export(file, tmp_path / 'out', onnx=True)
+  print('\n', image_size, {k: f'{x:.1e}' for k, x in differences.items()})
   assert differences[export.ONNX] <= 1e-4
+
+
+def test_an_export_needs_torch_and_safetensors_alone(student_run, tmp_path):
+  """In a process that can import nothing else of what we use."""
+  run, _, _ = student_run
+  export.export(run, tmp_path / 'out')
+  code = """
+import sys
+for name in sys.argv[1].split(','):
+  sys.modules[name] = None
+import modeling_adventurer
+model = modeling_adventurer.load('.')
+import torch
+print(tuple(model(torch.zeros(2, 3, 32, 32)).shape))
+"""
+  absent = 'jax,jaxlib,flax,linearizer_jax,transformers,onnx,onnxscript,einops'
+  done = subprocess.run(
+    [sys.executable, '-c', code, absent],
+    cwd=tmp_path / 'out',
+    env=os.environ | {'PYTHONPATH': str(tmp_path / 'out')},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.stdout == '(2, 10)\n', done.stderr
 
 
 # ------------------------------------------------------------------------- load
@@ -460,6 +524,16 @@ def test_load_from_a_run(student_run):
   np.testing.assert_array_equal(new, expected)
 
 
+def test_a_run_without_a_checkpoint_says_so(student_run, tmp_path):
+  run, _, _ = student_run
+  config = json.loads((run / 'config.json').read_text())
+  checkpoint.claim_workdir(tmp_path / 'new', config)
+  for path in ('finetune/checkpoints', 'finetune/checkpoints/3.orbax-tmp'):
+    with pytest.raises(ValueError, match='has no finished checkpoint yet'):
+      linearizer_jax.load(tmp_path / 'new')
+    (tmp_path / 'new' / path).mkdir(parents=True)
+
+
 def test_training_starts_from_released_weights(student_run, tmp_path):
   """`config.init` takes an export; head and mask token start fresh."""
 
@@ -508,6 +582,35 @@ def test_damaged_weights_are_named(how, message, tmp_path):
   save_file(broken(tensors, how), tmp_path / 'a.safetensors')
   with pytest.raises(ValueError, match=message):
     load.load(tmp_path / 'a.safetensors')
+
+
+def test_mutated_safetensors_headers_are_refused_or_read(tmp_path):
+  """Never another error than ValueError, nor memory beyond the file's."""
+  rng = np.random.default_rng(0)
+  path = tmp_path / 'a.safetensors'
+  save_file({'x': np.arange(6, dtype=np.float32), 'y': np.ones((2, 3))}, path)
+  whole = path.read_bytes()
+  header = 8 + int.from_bytes(whole[:8], 'little')
+  refused, most = 0, 0
+  for n in range(1000):
+    mutated = bytearray(whole)
+    for position in rng.integers(0, header, rng.integers(1, 4)):
+      mutated[position] = rng.integers(256)
+    if n % 4 == 0:  # sizes, offsets and brackets, which parse
+      digits = [k for k in range(8, header) if chr(whole[k]).isdigit()]
+      mutated = bytearray(whole)
+      mutated[rng.choice(digits)] = rng.integers(ord('0'), ord('9') + 1)
+    path.write_bytes(mutated)
+    tracemalloc.start()
+    try:
+      tensors = weights.read_tensors(path)
+      assert sum(x.nbytes for x in tensors.values()) <= len(whole)
+    except ValueError as error:
+      refused += 'is damaged, truncated' in str(error)
+    most = max(most, tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+  assert 800 < refused < 1000
+  assert most < 1e6
 
 
 def test_another_number_of_classes(tmp_path):

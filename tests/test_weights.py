@@ -12,7 +12,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from linearizer_jax.convert import FAMILIES, load, tables, weights
-from linearizer_jax.models import create_model
+from linearizer_jax.models import create_model, vit
+from linearizer_jax.models.layers import resize_positions
 from linearizer_jax.models.teachers import TEACHERS
 
 # A small CLIP tower, made here: no test needs transformers.
@@ -141,6 +142,27 @@ def test_activation_comes_with_the_weights(clip_params, tmp_path):
   config = tmp_path / 'open_clip_config.json'
   config.write_text(json.dumps({'model_cfg': {'vision_cfg': {}}}))
   assert activation() == 'gelu'
+
+
+def test_positions_are_resized_for_another_image_size(
+  clip_params, tmp_path, monkeypatch
+):
+  name = 'clip_base_patch16'
+  fields = vit.VARIANTS[name] | CLIP_FIELDS
+  monkeypatch.setitem(vit.VARIANTS, name, fields)
+  save_file(clip_tensors(clip_params), tmp_path / 'model.safetensors')
+  loaded = load.load(tmp_path, name=name, image_size=(12, 16))
+  assert loaded.model.image_size == loaded.preprocess.image_size == (12, 16)
+  old = clip_params['positional_embedding']
+  found = loaded.variables['params']['positional_embedding']
+  np.testing.assert_array_equal(found[0], old[0])
+  patches = resize_positions(old[None, 1:], (2, 2), (3, 4), False)[0]
+  np.testing.assert_array_equal(found[1:], patches)
+  # What a config beside the weights says of their size goes first.
+  config = {'hidden_act': 'quick_gelu', 'image_size': 16}
+  (tmp_path / 'config.json').write_text(json.dumps({'vision_config': config}))
+  with pytest.raises(ValueError, match=r'\(5, 16\) instead of \(17, 16\)'):
+    load.load(tmp_path, name=name, image_size=12)
 
 
 def spoiled(tensors, how):

@@ -122,8 +122,7 @@ def load(
       (off by one patch).
     **overrides: fields of the model, such as dtype='bfloat16',
       flip_blocks='alternate', num_classes=0, which leaves the head out, of a
-      segmenter too, or image_size=448, for which a student's positions and
-      those of a run are resized.
+      segmenter too, or image_size=448, for which positions are resized.
 
   Returns:
     `Loaded`.
@@ -136,15 +135,19 @@ def load(
   if not name and str(source) in PACKAGED:
     source = packaged_folder(source)
   path = pathlib.Path(source).expanduser()
-  if any(path.glob('*/checkpoints')):
+  if checkpoint.is_workdir(path):
     return _from_workdir(path, role, stage, step, ema, overrides)
   rows = {row.source: name for name, row in TEACHERS.items() if row.source}
   if not name and str(source) in {*TEACHERS, *rows}:
     name, source = rows.get(str(source), str(source)), None
   if name:
-    model, variables, row = load_teacher(name, source, **overrides)
+    size = overrides.pop('image_size', None)
+    published, variables, row = load_teacher(name, source, **overrides)
+    model = published.clone(image_size=size or published.image_size)
+    params = fit_positions(variables['params'], published, model)
     size = as_pair(model.image_size)
-    return Loaded(model, variables, Preprocessing(size, row.mean, row.std))
+    preprocess = Preprocessing(size, row.mean, row.std)
+    return Loaded(model, {'params': params}, preprocess)
   path = weights.find_weights(source)
   tensors = weights.read_tensors(path, ema=ema)
   if not adventurer.is_adventurer(tensors):
@@ -185,7 +188,7 @@ def load_teacher(name, source=None, *, key=None, **overrides):
   Returns:
     (model, variables, row): the linen Module; {'params': ...} as numpy arrays
     on the host, or jax arrays for 'random'; and the row, which has mean, std
-    and image_size. Activation and number of heads are those that a config
+    and image_size. Activation, heads and image size are those that a config
     file beside the weights names, where there is one.
 
   Raises:

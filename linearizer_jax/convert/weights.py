@@ -185,13 +185,15 @@ def published_fields(path):
   """Model fields that a config file beside the weights settles.
 
   The same tensors mean another network with another activation or number of
-  heads, so these come with the weights.
+  heads, and positions do not say height and width, so these come with the
+  weights.
 
   Args:
     path: the weights file.
 
   Returns:
-    A dict with `activation` and `num_heads`, or less.
+    A dict with 'activation', 'num_heads' and 'image_size', as far as the file
+    says.
 
   Raises:
     ValueError: an activation that ViT does not have.
@@ -202,8 +204,10 @@ def published_fields(path):
       continue
     config = json.loads(file.read_text(encoding='utf-8'))
     if 'model_cfg' in config:  # OpenCLIP
-      quick = config['model_cfg'].get('quick_gelu', False)
-      return {'activation': 'quick_gelu' if quick else 'gelu'}
+      config = config['model_cfg']
+      quick = config.get('quick_gelu', False)
+      fields = {'activation': 'quick_gelu' if quick else 'gelu'}
+      return fields | _size(config.get('vision_cfg', {}))
     config = config.get('vision_config', config)
     activation = config.get('hidden_act')
     if activation is None:
@@ -216,8 +220,16 @@ def published_fields(path):
     fields = {'activation': ACTIVATIONS[activation]}
     if 'num_attention_heads' in config:
       fields['num_heads'] = config['num_attention_heads']
-    return fields
+    return fields | _size(config)
   return {}
+
+
+def _size(config):
+  """The image size of a published config, as a field of the model."""
+  size = config.get('image_size')
+  if size is None:
+    return {}
+  return {'image_size': tuple(size) if isinstance(size, list) else size}
 
 
 def read_tensors(path, ema=False):
