@@ -280,6 +280,8 @@ def test_names_go_both_ways(reference, name):
   assert written.keys() <= file.keys()
   for key, value in written.items():
     np.testing.assert_array_equal(value, file[key], key)
+
+
 def test_random_teacher_and_its_input_size():
   model, variables, row = load.load_teacher(
     'vit_tiny_patch16',
