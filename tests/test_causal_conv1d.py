@@ -11,6 +11,7 @@ from test_ssd_tpu import STRICT, tpu_sharding
 
 from linearizer_jax.kernels import causal_conv1d as module
 from linearizer_jax.kernels.causal_conv1d import causal_conv1d
+from linearizer_jax.models.mamba2 import DepthwiseConv1D
 
 # At most 4 taps and a bias are summed in float32; weight gradients are sums
 # over a few hundred tokens.
@@ -212,6 +213,18 @@ def test_implementation_follows_the_platform():
   ):
     x = jnp.ones((batch, 5, channels))
     assert choose(x, mesh=Mesh(), batch_axes='data') == want
+
+
+def test_mixer_splits_the_channels_alike_on_any_platform(monkeypatch):
+  x = inputs(length=5)[0]
+  conv = DepthwiseConv1D()
+  params = conv.init(jax.random.key(0), x, [4])
+  want = conv.apply(params, x, [4])
+  monkeypatch.setattr(module.placement, 'platform', lambda x, mesh: 'tpu')
+  got = conv.apply(params, x, [4])
+  assert [y.shape[-1] for y in got] == [4, 2]
+  for g, w in zip(got, want, strict=True):
+    np.testing.assert_allclose(g, w, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.tpu_compile

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from linearizer_jax.kernels import placement
 from linearizer_jax.kernels.causal_conv1d import causal_conv1d
 from linearizer_jax.kernels.ssd import ssd
 from linearizer_jax.models import layers
@@ -102,9 +103,9 @@ class Mamba2(nn.Module):
 class DepthwiseConv1D(nn.Module):
   """Causal depthwise convolution over L and SiLU, split along the channels.
 
-  (B, L, C) -> what `jnp.split(y, sections, axis=-1)` gives. The parts are
-  convolved one by one: a TPU holds B and C with the tokens on the lanes, and
-  would otherwise transpose x with them and back.
+  (B, L, C) -> what `jnp.split(y, sections, axis=-1)` gives. For a TPU the
+  parts are convolved one by one: it holds B and C with the tokens on the lanes,
+  and would otherwise transpose x with them and back.
   """
 
   mesh: Any = None
@@ -116,13 +117,15 @@ class DepthwiseConv1D(nn.Module):
     # fan_in of a depthwise kernel is its number of taps.
     kernel = self.param('kernel', layers.uniform_fan_in(), shape)
     bias = self.param('bias', init_conv_bias, shape[1:])
-    parts = (jnp.split(a, sections, axis=-1) for a in (x, kernel, bias))
     conv = functools.partial(
       causal_conv1d,
       activation='silu',
       mesh=self.mesh,
       batch_axes=self.batch_axes,
     )
+    if placement.platform(x, self.mesh) != 'tpu':
+      return jnp.split(conv(x, kernel, bias), sections, axis=-1)
+    parts = (jnp.split(a, sections, axis=-1) for a in (x, kernel, bias))
     return [conv(*part) for part in zip(*parts, strict=True)]
 
 
