@@ -1,9 +1,15 @@
-"""Depthwise causal convolution over tokens, as shifted adds."""
+"""Depthwise causal convolution over tokens: shifted adds, or a TPU kernel."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from . import causal_conv1d_tpu, placement
+
+IMPLEMENTATIONS = (None, 'xla', 'pallas_tpu')
 
 
 def causal_conv1d(
@@ -12,6 +18,10 @@ def causal_conv1d(
   bias: jax.Array | None = None,
   *,
   activation: str | None = None,
+  implementation: str | None = None,
+  mesh: Mesh | None = None,
+  batch_axes: str | Sequence[str] | None = None,
+  interpret: bool = False,
 ) -> jax.Array:
   """Depthwise causal convolution along the tokens.
 
@@ -20,7 +30,8 @@ def causal_conv1d(
   so that the last tap meets the token itself. It equals
   `jax.lax.conv_general_dilated` with K - 1 zeros on the left and one group
   per channel, which XLA runs slowly on CPU; K shifted multiply-adds fuse into
-  one pass over x.
+  one pass over x there. For a TPU it makes K copies of x, so that there the
+  passes forward and backward are kernels.
 
   Source: the `conv1d` of Mamba-2's block, arXiv 2405.21060, section 7.
 
@@ -29,6 +40,11 @@ def causal_conv1d(
     weight: (K, channels). The released (channels, 1, K) is its transpose.
     bias: (channels,), or None for zero.
     activation: None or 'silu'.
+    implementation: 'xla', 'pallas_tpu', or None to choose by the platform of
+      the devices: of `mesh`, else of a concrete x, else of the default device.
+    mesh: the mesh that x is spread over, if any.
+    batch_axes: axis or axes of `mesh` over which B is split.
+    interpret: False, True or `pltpu.InterpretParams`: run without a TPU.
 
   Returns:
     y (B, L, channels) in x's dtype.
@@ -37,7 +53,8 @@ def causal_conv1d(
   gradient recomputes the sum and keeps only x.
 
   Raises:
-    ValueError: for a shape or an activation that does not fit.
+    ValueError: for a shape, a name or a mesh axis that does not fit.
+    NotImplementedError: where 'pallas_tpu', asked for, cannot do it.
   """
   if x.ndim != 3:
     raise ValueError(f'x must be (B, L, channels), got {x.shape}')
@@ -54,7 +71,49 @@ def causal_conv1d(
     )
   if activation not in (None, 'silu'):
     raise ValueError(f"activation must be None or 'silu', got {activation!r}")
-  return _shifted_adds(x, weight, bias, activation)
+  placement.check_mesh(mesh, batch_axes)
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f'implementation={implementation!r} is not one of {IMPLEMENTATIONS}'
+    )
+  if implementation is None:
+    implementation = _choose(x, weight, mesh, batch_axes)
+  if implementation == 'xla':
+    return _shifted_adds(x, weight, bias, activation)
+
+  causal_conv1d_tpu.check(x, weight)
+  if bias is None:
+    bias = jnp.zeros(channels)
+  weight, bias = weight.astype(jnp.float32), bias.astype(jnp.float32)
+
+  def run(x, weight, bias):
+    return causal_conv1d_tpu.conv_pallas_tpu(
+      x, weight, bias, activation, interpret
+    )
+
+  if mesh is None:
+    return run(x, weight, bias)
+  split = PartitionSpec(batch_axes)
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(split, PartitionSpec(), PartitionSpec()),
+    out_specs=split,
+    check_vma=False,  # a Pallas call says nothing about varying axes
+  )(x, weight, bias)
+
+
+def _choose(x, weight, mesh, batch_axes):
+  """What `implementation=None` means for these arguments."""
+  if placement.platform(x, mesh) != 'tpu':
+    return 'xla'
+  if x.shape[0] % placement.shards(mesh, batch_axes):
+    return 'xla'  # the one image that a model starts from
+  try:
+    causal_conv1d_tpu.check(x, weight)
+  except NotImplementedError:
+    return 'xla'
+  return 'pallas_tpu'
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)

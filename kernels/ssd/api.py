@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from .. import placement
 from . import pallas_tpu, reference, xla
 
 
@@ -99,7 +100,7 @@ def ssd(
     NotImplementedError: where the implementation asked for cannot do it.
   """
   _check(x, dt, A, B, C, D, initial_state)
-  _check_mesh(mesh, batch_axes)
+  placement.check_mesh(mesh, batch_axes)
   if chunk_size is not None and chunk_size < 1:
     raise ValueError(f'chunk_size must be at least 1, got {chunk_size}')
   if implementation is None:
@@ -168,20 +169,9 @@ def _check(x, dt, A, B, C, D, initial_state):
       )
 
 
-def _check_mesh(mesh, batch_axes):
-  """Raises ValueError for batch axes that the mesh does not have."""
-  axes = _axes(batch_axes)
-  names = () if mesh is None else mesh.axis_names
-  if missing := [a for a in axes if a not in names]:
-    raise ValueError(
-      f'batch_axes {axes} has {missing}, which the mesh does not have: its '
-      f'axes are {tuple(names)}'
-    )
-
-
 def _choose(x, B, mesh, batch_axes):
   """What `implementation=None` means for these arguments."""
-  platform = _platform(x, mesh)
+  platform = placement.platform(x, mesh)
   implementation = DEFAULT_IMPLEMENTATION.get(platform, 'xla')
   reason = ''
   if implementation == 'pallas_tpu':
@@ -189,9 +179,7 @@ def _choose(x, B, mesh, batch_axes):
       pallas_tpu.choose_blocks(x, B)
     except NotImplementedError as error:
       implementation, reason = 'xla', f' ({error})'
-    shards = 1
-    for axis in _axes(batch_axes):
-      shards *= mesh.shape[axis]
+    shards = placement.shards(mesh, batch_axes)
     if x.shape[0] % shards:  # as the one image that a model starts from
       implementation, reason = (
         'xla',
@@ -199,23 +187,6 @@ def _choose(x, B, mesh, batch_axes):
       )
   _log_choice(platform, implementation, reason)
   return implementation
-
-
-def _axes(batch_axes):
-  """Axis names as a tuple."""
-  if batch_axes is None:
-    return ()
-  return (batch_axes,) if isinstance(batch_axes, str) else tuple(batch_axes)
-
-
-def _platform(x, mesh):
-  """Platform of the devices that will run this, not of this process."""
-  if mesh is not None:
-    return mesh.devices.flat[0].platform
-  if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-    return next(iter(x.devices())).platform
-  default = jax.config.jax_default_device or jax.local_devices()[0]
-  return default if isinstance(default, str) else default.platform
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 """The Mamba-2 token mixer, as Adventurer uses it."""
 
+import functools
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from linearizer_jax.kernels import placement
 from linearizer_jax.kernels.causal_conv1d import causal_conv1d
 from linearizer_jax.kernels.ssd import ssd
 from linearizer_jax.models import layers
@@ -30,7 +32,8 @@ class Mamba2(nn.Module):
     depth: number of blocks of the model, which scales out_proj's start.
     dtype: of matrix products and of the scan's operands; dt, decay, state and
       the norm are float32.
-    ssd_implementation, mesh, batch_axes: handed to `ssd`.
+    ssd_implementation, mesh, batch_axes: handed to `ssd`; the last two to
+      `causal_conv1d` too.
   """
 
   head_dim: int = 64
@@ -64,8 +67,9 @@ class Mamba2(nn.Module):
       name='in_proj',
     )(u)
     z, xbc, dt = jnp.split(zxbcdt, [inner, 2 * inner + 2 * state], axis=-1)
-    xbc = DepthwiseConv1D(name='conv1d')(xbc)
-    x, b, c = jnp.split(xbc, [inner, inner + state], axis=-1)
+    conv1d = DepthwiseConv1D(self.mesh, self.batch_axes, name='conv1d')
+    x, bc = conv1d(xbc, [inner])
+    b, c = jnp.split(bc, 2, axis=-1)
 
     dt_bias = self.param('dt_bias', init_dt_bias, (num_heads,))
     a_log = self.param('A_log', init_a_log, (num_heads,))
@@ -97,15 +101,32 @@ class Mamba2(nn.Module):
 
 
 class DepthwiseConv1D(nn.Module):
-  """Causal depthwise convolution over L and SiLU, (B, L, C) -> same."""
+  """Causal depthwise convolution over L and SiLU, split along the channels.
+
+  (B, L, C) -> what `jnp.split(y, sections, axis=-1)` gives. For a TPU the
+  parts are convolved one by one: it holds B and C with the tokens on the lanes,
+  and would otherwise transpose x with them and back.
+  """
+
+  mesh: Any = None
+  batch_axes: tuple[str, ...] | None = None
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x, sections):
     shape = (CONV_TAPS, x.shape[-1])
     # fan_in of a depthwise kernel is its number of taps.
     kernel = self.param('kernel', layers.uniform_fan_in(), shape)
     bias = self.param('bias', init_conv_bias, shape[1:])
-    return causal_conv1d(x, kernel, bias, activation='silu')
+    conv = functools.partial(
+      causal_conv1d,
+      activation='silu',
+      mesh=self.mesh,
+      batch_axes=self.batch_axes,
+    )
+    if placement.platform(x, self.mesh) != 'tpu':
+      return jnp.split(conv(x, kernel, bias), sections, axis=-1)
+    parts = (jnp.split(a, sections, axis=-1) for a in (x, kernel, bias))
+    return [conv(*part) for part in zip(*parts, strict=True)]
 
 
 def init_conv_bias(key, shape, dtype=jnp.float32):
