@@ -227,6 +227,8 @@ def test_full_sizes(size, tmp_path):
     ]
     print(f'{size} {image_size}: logits, maps', *(f'{x:.1e}' for x in errors))
     assert np.max(errors) <= TOLERANCE
+  if model.depth > 12:
+    return  # the gradient of 24 blocks compiles for minutes
   images = images_of(model, (224, 224))[:1]
   errors = gradient_differences(model, params, other, images)
   print(f'{size} gradient: {max(errors.values()):.1e}')
