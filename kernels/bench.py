@@ -9,7 +9,9 @@ them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
 bytes are its cost analysis, which counts the body of a loop once and of a
 Pallas kernel what that declares. With --chip nothing runs: the programs are
 compiled by libtpu for a chip that is not there, and have no times; --bundles
-adds the exact length of the schedule of every Pallas kernel.
+adds the exact length of the schedule of every Pallas kernel. On a TPU the
+compiler chooses the layout of arguments and results, as it does for a scan in
+the middle of a model.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 
 from linearizer_jax.kernels import cost
 from linearizer_jax.kernels.ssd import api, ssd
@@ -48,8 +51,6 @@ def main():
   for name in options.shapes:
     shape = SHAPES[name]
     inputs = make_inputs(shape, options.dtype)
-    if options.chip:
-      inputs = shapes_on(device, inputs)
     for direction, function in (
       ('forward', forward),
       ('forward+backward', forward_backward),
@@ -58,19 +59,18 @@ def main():
         {'shape': name, 'direction': direction, 'implementation': i}
         for i in options.implementations
       ]
-      programs = []
+      calls = []
       for row in new:
-        traced = function(shape, row['implementation']).trace(*inputs)
+        run = function(shape, row['implementation'])
+        traced = trace(run, inputs, device)
         compiled = traced.lower().compile()
         row |= static_figures(compiled)
         if dumps:
           row['bundles'] = cost.take_schedules(dumps, traced.jaxpr.jaxpr)
-        programs.append(
-          compiled
-          if row['temporary_mib'] < 1024 * options.max_gib and not options.chip
-          else None
-        )
-      calls = [p and functools.partial(p, *inputs) for p in programs]
+        calls.append(None)
+        if row['temporary_mib'] < 1024 * options.max_gib and not options.chip:
+          placed = jax.device_put(inputs, compiled.input_formats[0])
+          calls[-1] = functools.partial(compiled, *placed)
       medians = median_times(calls, options.seconds)
       for row, median in zip(new, medians, strict=True):
         row['milliseconds'] = median
@@ -159,12 +159,14 @@ def tpu_device(chip):
   return topology.devices[0]
 
 
-def shapes_on(device, tree):
-  """Shapes of arrays as they would lie on a device that is not there."""
-  at = jax.sharding.SingleDeviceSharding(device)
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree
+def trace(function, inputs, device):
+  """A function of arrays like `inputs`, for a device that may not be there."""
+  layout = Layout.AUTO if device.platform == 'tpu' else None
+  at = Format(layout, jax.sharding.SingleDeviceSharding(device))
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs
   )
+  return jax.jit(function, in_shardings=at, out_shardings=at).trace(*shapes)
 
 
 def make_inputs(s, dtype):
@@ -199,7 +201,7 @@ def forward(shape, implementation):
     heads = (*x.shape[:2], shape.heads, shape.head_dim)
     return ssd(x.reshape(heads), *rest, implementation=name).reshape(x.shape)
 
-  return jax.jit(run)
+  return run
 
 
 def forward_backward(shape, implementation):
@@ -210,7 +212,7 @@ def forward_backward(shape, implementation):
     y, pullback = jax.vjp(lambda args: run(args, None), args)
     return y, pullback(cotangent)
 
-  return jax.jit(value_and_gradients)
+  return value_and_gradients
 
 
 def static_figures(compiled):
