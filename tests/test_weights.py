@@ -351,6 +351,10 @@ def test_checksums(tmp_path, monkeypatch):
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
   with pytest.raises(FileNotFoundError, match=r'config\.teacher\.weights'):
     weights.find_weights(tmp_path / 'nowhere' / 'model.safetensors')
+  (tmp_path / 'runs').mkdir()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(FileNotFoundError, match='no weights file runs/nothing'):
+    weights.find_weights('runs/nothing')
   with pytest.raises(FileNotFoundError, match='holds none of model'):
     weights.find_weights(tmp_path)
   with pytest.raises(ValueError, match='no published weights'):

@@ -95,10 +95,10 @@ def find_weights(source):
       f'{path} holds none of {", ".join(WEIGHT_FILES)}. Set '
       'config.teacher.weights to the file itself.'
     )
-  if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(source)) or path.suffix in (
-    *TORCH_SUFFIXES,
-    '.safetensors',
-  ):
+  is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+', str(source))
+  is_file_name = path.suffix in (*TORCH_SUFFIXES, '.safetensors')
+  # Of a folder that is here, such as runs/, what is meant is a path.
+  if not is_hub_id or is_file_name or path.parent.is_dir():
     raise FileNotFoundError(
       f'there is no weights file {path}. Set config.teacher.weights to a '
       'safetensors or torch file, a folder with one, or a repository of the '
