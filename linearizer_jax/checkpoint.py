@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -60,6 +61,11 @@ def open_manager(directory, options):
     and the last n.
   """
   directory = pathlib.Path(directory).absolute()
+  if hosts.is_first():
+    # Orbax's own way removes a torn save and what lies in it at the same time,
+    # and fails where the one is faster than the other.
+    for torn in directory.glob(f'*{ocp.utils.TMP_DIR_SUFFIX}*'):
+      shutil.rmtree(torn, ignore_errors=True)
   policies = [checkpoint_managers.LatestN(options['keep_last'])]
   best_fn = None
   if options['best_metric']:
@@ -81,7 +87,6 @@ def open_manager(directory, options):
       best_fn=best_fn,
       best_mode=options['best_mode'],
       preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-      cleanup_tmp_directories=True,
       async_options=ocp.options.AsyncOptions(
         # Called while a finished checkpoint still waits for its name.
         post_finalization_callback=lambda: checksums.write_unnamed(

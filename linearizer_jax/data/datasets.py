@@ -273,7 +273,11 @@ def _found(root):
   """What a folder holds, for who is a level too high or too low."""
   if not root.is_dir():
     return f' There is no {root} either.'
-  names = sorted(path.name for path in root.iterdir() if path.is_dir())
+  names = sorted(
+    path.name
+    for path in root.iterdir()
+    if path.is_dir() and path.name[0] != '.'
+  )
   shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
   return f' The folders in {root}: {shown or "none"}.'
 
