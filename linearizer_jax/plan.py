@@ -35,9 +35,10 @@ def plan(config, topology, out=None):
 
   Returns:
     dict of memory_bytes_per_chip, flops, bytes (both of a chip and step),
-    traffic (what of the bytes is HBM's, by source: `traffic.by_source`),
-    step_seconds_bound, images_per_second, hours, batch_per_chip,
-    configured_batch_fits and max_batch_per_chip.
+    hbm_bytes (what of the bytes is HBM's: the others stay in VMEM), traffic
+    (these by source: `traffic.by_source`), step_seconds_bound,
+    images_per_second, hours, batch_per_chip, configured_batch_fits and
+    max_batch_per_chip.
 
   Raises:
     ValueError: no such slice, or nothing fits.
@@ -172,13 +173,15 @@ def _largest(measured, batch, memory):
 def _figures(config, compiled, chip, batch_size):
   """The result but for what was searched."""
   held, flops, moved, sources = compiled
-  seconds = max(flops / chip.flops, moved / chip.bandwidth)
+  hbm = sum(sources.values())  # the rest of `moved` stays in VMEM
+  seconds = max(flops / chip.flops, hbm / chip.bandwidth)
   examples = pipeline.num_train_examples(config.data.to_dict())
   steps = config.steps or math.ceil(config.epochs * examples / batch_size)
   return {
     'memory_bytes_per_chip': held,
     'flops': flops,
     'bytes': moved,
+    'hbm_bytes': hbm,
     'traffic': [[*key, value] for key, value in sources.items()],
     'step_seconds_bound': seconds,
     'images_per_second': batch_size / seconds,
@@ -193,7 +196,8 @@ def _table(result):
     f'{r["topology"]}, {r["batch_per_chip"]} images a chip:',
     f'  memory a chip       {r["memory_bytes_per_chip"] / GIB:10.2f} GiB',
     f'  arithmetic a step   {r["flops"] / 1e12:10.2f} TFLOP a chip',
-    f'  traffic a step      {r["bytes"] / 1e9:10.1f} GB a chip',
+    f'  traffic a step      {r["hbm_bytes"] / 1e9:10.1f} GB a chip over HBM',
+    f'     by XLA, with VMEM{r["bytes"] / 1e9:10.1f} GB a chip',
     f'  a step takes at least {1e3 * r["step_seconds_bound"]:8.1f} ms',
     f'  images/s at most    {r["images_per_second"]:10.0f}',
     f'  the run at least    {r["hours"]:10.1f} hours',
@@ -201,6 +205,6 @@ def _table(result):
   ]
   if not r['configured_batch_fits']:
     lines.append('  The configured batch does not fit; this is a smaller one.')
-  lines += ['of the traffic, between HBM and compute units:']
+  lines += ['the traffic over HBM:']
   lines += traffic.table(r['traffic'])
   return '\n'.join(lines)

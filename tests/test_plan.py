@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import ml_collections
 import pytest
 
 from configs import distill_base
@@ -12,6 +13,7 @@ KEYS = {
   'memory_bytes_per_chip',
   'flops',
   'bytes',
+  'hbm_bytes',
   'step_seconds_bound',
   'images_per_second',
   'hours',
@@ -50,6 +52,7 @@ def test_the_largest_batch_is_found_and_confirmed(compiler, capsys):
   assert compiler == [16, 8, 30]
   # Compute-bound: 32 TFLOP a chip at 100 TFLOP/s.
   assert result['step_seconds_bound'] == pytest.approx(0.32)
+  assert result['hbm_bytes'] == 1.6e9
   assert result['images_per_second'] == pytest.approx(200)
   assert result['hours'] == pytest.approx(3 * 0.32 / 3600)  # 3 steps
   printed = capsys.readouterr().out
@@ -64,6 +67,14 @@ def test_a_batch_that_does_not_fit_is_halved(compiler, capsys):
   assert result['max_batch_per_chip'] == 30
   assert compiler[:3] == [64, 32, 16]
   assert 'does not fit' in capsys.readouterr().out
+
+
+def test_only_what_crosses_the_memory_bus_bounds_a_step():
+  chip = chips.Chip(flops=1e14, bandwidth=1e11, memory=1000)
+  compiled = 500, 1e12, 9e9, {('a', 'forward'): 2e9, ('a', 'backward'): 1e9}
+  config = ml_collections.ConfigDict(stage())
+  found = plan._figures(config, compiled, chip, 8)
+  assert found['step_seconds_bound'] == pytest.approx(0.03)
 
 
 def test_what_cannot_be_planned_is_refused(compiler, monkeypatch):
