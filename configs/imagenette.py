@@ -27,13 +27,14 @@ from configs import common
 
 # None of the paper's losses, and a whole image for the student.
 WHOLE = dict(match_weight=0.0, mask_weight=0.0, mask_ratio=0.0)
+FEATURES = WHOLE | dict(feature_weight=1.0)
 NARROW, WIDE = 0.5, 2.0  # of the width of the scale
 # table -> row -> what differs from the paper's method, which is `both`. A row
 # called `none` is not distilled. Every table has `none` and `both`.
 LOSSES = {
   'none': {},
   'logits': dict(distill=WHOLE | dict(logit_weight=1.0)),
-  'features': dict(distill=WHOLE | dict(feature_weight=1.0)),
+  'features': dict(distill=FEATURES),
   'prediction': dict(distill=dict(match_weight=0.0)),
   'matching': dict(distill=dict(mask_weight=0.0)),
   'both': {},
@@ -42,6 +43,14 @@ LOSSES = {
 }
 TABLES = {
   'losses': LOSSES,
+  'recipes': {  # one pass of the student over the whole image, as `features`
+    'features': LOSSES['features'],
+    'features_class': dict(distill=FEATURES | dict(class_weight=1.0)),
+    'features_class_matching': dict(
+      distill=FEATURES | dict(class_weight=1.0, match_weight=1.0)
+    ),
+    'both_class': dict(distill=dict(class_weight=1.0)),
+  },
   'match_tokens': {
     'match_class': dict(distill=dict(match_tokens='class')),
     'match_all': dict(distill=dict(match_tokens='all')),

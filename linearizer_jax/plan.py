@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pathlib
+from concurrent import futures
 
 import jax
 import ml_collections
@@ -54,23 +55,30 @@ def plan(config, topology, out=None):
     )
   measured = {}
 
-  def fits(batch):
-    measured[batch] = _compile(config, devices, batch, chip.memory)
-    return measured[batch] is not None
+  def measure(*batches):
+    """Side by side: XLA compiles mostly on one core."""
+    new = [n for n in batches if n and n not in measured]
+    with futures.ThreadPoolExecutor() as pool:
+      found = pool.map(lambda n: _compile(config, devices, n, chip.memory), new)
+      measured.update(zip(new, found, strict=True))
 
   batch = each
-  while not fits(batch):
+  measure(batch, batch // 2)
+  while not measured[batch]:
     if batch == 1:
       raise ValueError(
         f'not even one image a chip fits {topology}: shard the parameters with '
         "config.parallel.fsdp, or recompute with config.student.remat='full'."
       )
     batch //= 2
+    measure(batch, batch // 2)
   most = batch
-  if batch > 1 and fits(batch // 2):
+  if batch > 1 and measured[batch // 2]:
     most = _largest(measured, batch, chip.memory)
-    while most > batch and not fits(most):
+    measure(most)
+    while not measured[most]:
       most = batch + (most - batch) // 2
+      measure(most)
   result = _figures(config, measured[batch], chip, batch * len(devices))
   result |= {
     'topology': topology,
