@@ -16,7 +16,8 @@ the same start, on a tenth of them. The row `none` is the same student trained
 with as many updates, all of them with labels. All tables of a scale share
 teacher, `none` and `both` in one work directory; the command goes on where it
 was stopped. `rows=none+both` picks rows, `seeds=1` the first seeds, `length=4`
-makes every training four times as long.
+makes the students' trainings four times as long, in `scale=cpu` as long as
+their teacher's; it needs a work directory of its own.
 
 Scales: `scale=cpu` (default) takes four minutes a row and seed on one core, so
 that the table `losses` is a matter of 100 minutes; `scale=gpu` is made for one
@@ -193,10 +194,9 @@ def _table(config, options):
         f'{field}={options[field]} after the colon of --config; expected one '
         f'of {", ".join(known)}.'
       )
-  scale = {
-    name: round(options.length * value) if name.endswith('_steps') else value
-    for name, value in SCALES[options.scale].items()
-  }
+  scale = dict(SCALES[options.scale])
+  for name in ('distill_steps', 'finetune_steps', 'few_steps'):
+    scale[name] = round(options.length * scale[name])
   config.data.image_size = scale['image_size']
   config.data.cache_pixels = scale['cache_pixels']
   # Threads, not processes: they share the images, and so do the stages.
@@ -240,7 +240,7 @@ def _table(config, options):
   config.stages, config.per_stage = tuple(stages), stages
   config.report.scale = options.scale
   if options.length != 1:
-    config.report.scale += f', {options.length:g} times as long'
+    config.report.scale += f', students {options.length:g} times as long'
   config.report.setup = (
     'Imagenette at {image_size} px in patches of {patch_size}; teacher a ViT '
     'and student an Adventurer of width {width} and {depth} blocks, {dtype}; '

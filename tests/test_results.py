@@ -161,10 +161,10 @@ def test_length_and_rows_and_mistakes():
     'finetune_none_s1',
     'few_none_s1',
   )
-  assert (
-    config.per_stage.teacher.steps
-    == 2 * imagenette.SCALES['cpu']['teacher_steps']
-  )
+  scale = imagenette.SCALES['cpu']
+  assert config.per_stage.teacher.steps == scale['teacher_steps']
+  steps = 2 * (scale['distill_steps'] + scale['finetune_steps'])
+  assert config.per_stage.finetune_none_s0.steps == steps
   assert '2 times' in config.report.scale
   for argument in ('table=loss', 'table=flips,rows=logits'):
     with pytest.raises(ValueError, match=r'losses|flips_never'):
