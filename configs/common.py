@@ -3,6 +3,20 @@
 import ml_collections
 from ml_collections import config_dict
 
+# What a student learns by, `losses=NAME` after the colon of --config: the
+# paper's matching and masked prediction, or the features of every token and the
+# class token, which won in miniature (docs/results.md, table `recipes`).
+LOSSES = {
+  'paper': {},
+  'features': dict(
+    match_weight=0.0,
+    mask_weight=0.0,
+    mask_ratio=0.0,
+    feature_weight=1.0,
+    class_weight=1.0,
+  ),
+}
+
 
 def parse(argument, **defaults):
   """Reads 'epochs=100,smoke' into a ConfigDict with the types of `defaults`.
@@ -25,6 +39,16 @@ def parse(argument, **defaults):
         f'{item} after the colon of --config: expected {name}={kind.__name__}.'
       ) from error
   return values
+
+
+def losses(name):
+  """Fields of `config.distill` for `losses=NAME`."""
+  if name not in LOSSES:
+    raise ValueError(
+      f'losses={name} after the colon of --config; expected one of '
+      f'{", ".join(LOSSES)}.'
+    )
+  return LOSSES[name]
 
 
 def base():

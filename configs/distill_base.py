@@ -2,6 +2,7 @@
 
   python main.py --config=configs/distill_base.py --workdir=DIR
   python main.py --config=configs/distill_base.py:epochs=100   # try this first
+  python main.py --config=configs/distill_base.py:losses=features  # ours
   python main.py --config=configs/distill_base.py:smoke        # seconds, a CPU
 
 Hardware: written for a TPU v5e-64 or larger, batch 2048; on fewer chips set
@@ -15,9 +16,10 @@ from configs import common
 
 
 def get_config(argument=None):
-  options = common.parse(argument, epochs=300.0)
+  options = common.parse(argument, epochs=300.0, losses='paper')
   config = common.base()
   config.epochs = options.epochs
+  config.distill.update(common.losses(options.losses))
   config.student.drop_path = 0.1
   if options.smoke:
     return common.smoke(config)

@@ -14,9 +14,12 @@ from configs import common
 
 
 def get_config(argument=None):
-  options = common.parse(argument, epochs=300.0, teacher='clip_large_patch14')
+  options = common.parse(
+    argument, epochs=300.0, losses='paper', teacher='clip_large_patch14'
+  )
   config = common.base()
   config.epochs = options.epochs
+  config.distill.update(common.losses(options.losses))
   config.student.name = 'adventurer_large_patch16'
   config.student.remat = 'full'
   config.student.drop_path = 0.2

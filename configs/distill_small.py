@@ -10,9 +10,10 @@ from configs import common
 
 
 def get_config(argument=None):
-  options = common.parse(argument, epochs=300.0)
+  options = common.parse(argument, epochs=300.0, losses='paper')
   config = common.base()
   config.epochs = options.epochs
+  config.distill.update(common.losses(options.losses))
   config.student.name = 'adventurer_small_patch16'
   if options.smoke:
     return common.smoke(config)

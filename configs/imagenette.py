@@ -46,9 +46,9 @@ TABLES = {
   'losses': LOSSES,
   'recipes': {  # one pass of the student over the whole image, as `features`
     'features': LOSSES['features'],
-    'features_class': dict(distill=FEATURES | dict(class_weight=1.0)),
+    'features_class': dict(distill=common.LOSSES['features']),
     'features_class_matching': dict(
-      distill=FEATURES | dict(class_weight=1.0, match_weight=1.0)
+      distill=common.LOSSES['features'] | dict(match_weight=1.0)
     ),
     'both_class': dict(distill=dict(class_weight=1.0)),
   },
@@ -130,6 +130,7 @@ def get_config(argument=None):
     size=64,
     teacher_epochs=60.0,
     epochs=60.0,
+    losses='features',
     table='',
     scale='cpu',
     seeds=3,
@@ -156,6 +157,7 @@ def _plain(config, options):
   config.batch_size = 128
   config.eval_batch_size = 128
   config.epochs = options.epochs
+  config.distill.update(common.losses(options.losses))
   config.optimizer.learning_rate = 1e-3
   shortest = min(options.epochs, options.teacher_epochs)
   config.schedule.warmup_epochs = min(5.0, shortest / 4)

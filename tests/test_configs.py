@@ -127,6 +127,19 @@ def test_value_of_an_argument_is_refused_by_name():
     common.parse('epochs=ten', epochs=60.0)
 
 
+def test_losses_are_chosen_by_name():
+  (config,) = stages(get_config('distill_base', 'losses=features'))
+  task = tasks.make_task(config, sharding.make_mesh(), 1000)
+  shapes = jax.eval_shape(
+    lambda key: task.init(key, tasks.image_shape(config)), jax.random.key(0)
+  )
+  # Every token in the teacher's width, its class token where CLIP projects to.
+  widths = {k: x['kernel'].shape[1] for k, x in shapes['heads'].items()}
+  assert sorted(widths.values()) == [512, 768]
+  with pytest.raises(ValueError, match=r'losses=papers .* paper, features'):
+    get_config('distill_large', 'losses=papers')
+
+
 def test_a_short_run_has_a_short_warm_up():
   for argument, epochs in (('epochs=2', 0.5), ('', 5.0)):
     config = importlib.import_module('configs.imagenette').get_config(argument)
