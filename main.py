@@ -4,11 +4,51 @@ Every field can be set from the command line, `--config.batch_size=256`; what
 follows a colon goes to the config file, `--config=configs/digits.py:smoke`.
 """
 
+import argparse
+import difflib
 import os
+import re
+import runpy
 import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+DEFAULT = 'configs/digits.py'  # of --config
+
+
+def explain(argv):
+  """Exits with one line where a field or the config file is not there.
+
+  Args:
+    argv: the command line, with the program first.
+  """
+  words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  words.add_argument('--config', default=DEFAULT)
+  file = words.parse_known_args(argv)[0].config
+  path, *argument = file.split(':', 1)
+  if not os.path.isfile(path):
+    sys.exit(f'--config={file}: there is no such file.')
+  config = runpy.run_path(path)['get_config'](*argument)
+  known = list(_fields(config.to_dict()))
+  for word in argv:
+    field = re.match(r'--?(?:no)?config\.([\w.]+)', word)
+    if field and field[1] not in known:
+      near = difflib.get_close_matches(field[1], known, 1)
+      meant = f' Did you mean --config.{near[0]}?' if near else ''
+      sys.exit(
+        f'{word}: {file} has no such field.{meant} All of them are in '
+        'configs/common.py.'
+      )
+
+
+def _fields(config, prefix=''):
+  """Names of all fields of a nested dict, with dots."""
+  for name, value in config.items():
+    yield prefix + name
+    if isinstance(value, dict):
+      yield from _fields(value, f'{prefix}{name}.')
+
 
 flags.DEFINE_string(
   'workdir',
@@ -31,9 +71,13 @@ flags.DEFINE_string(
 flags.DEFINE_integer('num_processes', None, 'With --coordinator: how many.')
 flags.DEFINE_integer('process_id', None, 'With --coordinator: which of them.')
 flags.DEFINE_string('out', None, 'With --plan: a JSON file for the result.')
-config_flags.DEFINE_config_file(
-  'config', 'configs/digits.py', 'File and its argument, file.py:argument.'
-)
+try:  # without --config, fields are looked up here
+  config_flags.DEFINE_config_file(
+    'config', DEFAULT, 'File and its argument, file.py:argument.'
+  )
+except (AttributeError, KeyError):
+  explain(sys.argv)
+  raise
 
 
 def main(argv):
@@ -69,6 +113,17 @@ def main(argv):
       report.write(config, workdir)
 
 
+def parse_flags(argv):
+  """As absl does, but what `explain` knows ends in its line."""
+  try:
+    rest = app.parse_flags_with_usage(argv)
+    _ = flags.FLAGS.config.stages  # a file that is not there is missed here
+    return rest
+  except (AttributeError, KeyError, OSError):
+    explain(argv)
+    raise
+
+
 def _default_workdir():
   name = config_flags.get_config_filename(flags.FLAGS['config'])
   path, _, argument = name.partition(':')
@@ -89,4 +144,4 @@ def _ask_for_huge_pages():
 
 if __name__ == '__main__':
   _ask_for_huge_pages()
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

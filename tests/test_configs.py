@@ -2,6 +2,8 @@
 
 import importlib
 import pathlib
+import subprocess
+import sys
 
 import jax
 import ml_collections
@@ -164,3 +166,23 @@ def test_images_are_normalised_as_the_weights_or_the_config_say():
   _, (mean, std) = models.from_config(config, 'student')
   assert mean == (0.3, 0.3, 0.3)
   assert std == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
+  ('flag', 'said'),
+  [
+    ('--config.student.widht=64', 'Did you mean --config.student.width?'),
+    ('--config.mask_ratio=0.5', 'Did you mean --config.distill.mask_ratio?'),
+    ('--config.epochs.x=1', 'Did you mean --config.epochs?'),
+    ('--config=configs/digit.py', 'there is no such file'),
+  ],
+)
+def test_a_mistyped_field_or_file_is_said_in_one_line(flag, said):
+  command = [sys.executable, 'main.py', flag]
+  done = subprocess.run(
+    command, cwd=FOLDER.parent, text=True, capture_output=True
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith(flag)
+  assert said in done.stderr
+  assert done.stderr.count('\n') == 1
