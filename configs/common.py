@@ -209,7 +209,7 @@ def data():
       train_split=optional(str),
       eval_split=optional(str),
       image_size=pair(224),  # side, or (height, width)
-      num_classes=10,  # 'generated' and dense 'folder' only
+      num_classes=optional(int),  # needed by a dense 'folder' alone
       num_examples=256,
       cache_pixels=0,
       labels_per_class=optional(int),

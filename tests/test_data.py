@@ -404,6 +404,8 @@ def test_folder_errors(folder, tmp_path):
       pipeline.num_classes({**folder, **fields})
 
   error('data_dir is empty', data_dir=None)
+  error('num_classes is 3, but .* has 2 classes', num_classes=3)
+  error("image_size is 'large', expected a side", image_size='large')
   error(r'no folder .*test.*<data_dir>/test/<class>', eval_split='test')
   (tmp_path / 'train' / 'emu').mkdir()
   error(r"only in train: \['emu'\]")

@@ -186,6 +186,7 @@ def test_bad_labels_are_named(folder, tmp_path):
   refused(r'data\.labels_per_class', labels_per_class=3)
   refused(r'data\.eval_stride', eval_window=16, eval_stride=17)
   refused(r'data\.num_classes', num_classes=256)
+  refused(r'data\.num_classes is None', num_classes=None)
   refused(r'data\.ignore_labels', ignore_labels=(256,))
   refused('no label for each pixel', name='digits')
   refused(r'data\.dense=True', name='ade20k', dense=False)

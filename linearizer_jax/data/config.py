@@ -16,8 +16,9 @@ class DataConfig:
   eval_split: str | None = None
   image_size: int | tuple[int, int] = 224  # side, or (height, width)
 
-  # Of 'generated', and of a 'folder' with a label for each pixel.
-  num_classes: int = 10
+  # A 'folder' with a label for each pixel needs it, 'generated' takes 10 by
+  # default. Other data know it: a number that is not theirs is refused.
+  num_classes: int | None = None
   num_examples: int = 256  # 'generated' only
 
   # Keeps decoded images in memory, this long at the shorter side; 0: none.
@@ -75,6 +76,11 @@ class DataConfig:
     for field in ('image_size', 'eval_window', 'eval_stride'):
       size = getattr(self, field)
       size = (size, size) if isinstance(size, int) else tuple(size)
+      if len(size) != 2 or not all(isinstance(side, int) for side in size):
+        raise ValueError(
+          f'data.{field} is {getattr(self, field)!r}, expected a side or '
+          '(height, width) in pixels.'
+        )
       object.__setattr__(self, field, size)
     if self.name not in datasets.DATASETS:
       raise ValueError(
@@ -82,6 +88,8 @@ class DataConfig:
         f'{sorted(datasets.DATASETS)}.'
       )
     row = datasets.DATASETS[self.name]
+    if self.name == 'generated' and self.num_classes is None:
+      object.__setattr__(self, 'num_classes', 10)
     if self.dense:
       self._check_dense(row)
     elif row.load is None:
@@ -134,7 +142,8 @@ class DataConfig:
         'data.labels_per_class is set, but images with a label for each pixel '
         'have no class of their own: leave it None.'
       )
-    if not 1 <= self.num_classes <= dense.IGNORED:
+    classes = self.num_classes or row.num_classes
+    if classes is None or not 1 <= classes <= dense.IGNORED:
       raise ValueError(
         f'data.num_classes is {self.num_classes}; labels of pixels are bytes, '
         f'so expected 1 to {dense.IGNORED}.'

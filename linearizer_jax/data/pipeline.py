@@ -26,12 +26,22 @@ from linearizer_jax.data.config import DataConfig, parse
 
 
 def num_classes(data_config):
-  """Number of classes; opens the data where the table does not know it."""
+  """Number of classes; opens the data where the table does not know it.
+
+  Raises:
+    ValueError: `data.num_classes` is set to another number.
+  """
   config = parse(data_config)
-  return (
+  number = (
     datasets.DATASETS[config.name].num_classes
     or _source(config, config.eval_split).num_classes
   )
+  if config.num_classes not in (None, number):
+    raise ValueError(
+      f'data.num_classes is {config.num_classes}, but the data set '
+      f'{config.name!r} has {number} classes: leave the field out.'
+    )
+  return number
 
 
 def num_train_examples(data_config):
