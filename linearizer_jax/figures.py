@@ -18,6 +18,8 @@ from linearizer_jax import maps, metrics
 def loss_curves(workdir, path):
   """Draws the training loss of every stage of a run against its updates.
 
+  A run without updates, of evaluations alone, gets no file.
+
   Args:
     workdir: folder of the run, with metrics.jsonl.
     path: PNG file to write.
@@ -31,16 +33,26 @@ def loss_curves(workdir, path):
       for name, value in record.items():
         if name in ('loss', 'match', 'predict', 'feature', 'logit', 'class'):
           stage.setdefault(name, []).append((record['step'], value))
-  columns = min(3, len(curves)) or 1
-  rows = -(-len(curves) // columns) or 1
+  if not curves:
+    return
+  columns = min(3, len(curves))
+  rows = -(-len(curves) // columns)
   canvas = figure.Figure(figsize=(4 * columns, 3 * rows), layout='constrained')
   axes = canvas.subplots(rows, columns, squeeze=False).ravel()
   for axis, (stage, lines) in zip(axes, curves.items(), strict=False):
     for name, points in lines.items():
       if name != 'loss' or len(lines) != 2:  # one term is the loss
-        axis.plot(*zip(*points, strict=True), label=name, linewidth=1)
+        # Without a mark, a single value is not to be seen.
+        axis.plot(
+          *zip(*points, strict=True),
+          marker='.' if len(points) == 1 else None,
+          label=name,
+          linewidth=1,
+        )
     axis.set(title=stage, xlabel='update', ylabel='training loss')
+    axis.locator_params(axis='x', integer=True)
     axis.set_yscale('log')
+    plain_numbers(axis.yaxis)
     axis.legend(frameon=False, fontsize=8)
   for axis in axes[len(curves) :]:
     axis.set_axis_off()
@@ -73,7 +85,12 @@ def tradeoff(files, path, *, load='full', accuracy=None):
   batch = 'one image' if load == 'one' else 'full batch'
   # Beside what was timed there may be programs that were only compiled.
   directions = list(
-    dict.fromkeys(r['direction'] for rows in lines.values() for r in rows)
+    dict.fromkeys(
+      row['direction']
+      for rows in lines.values()
+      for row in rows
+      if row['images_per_second']
+    )
   )
   has_memory = any(r['memory_gib'] for rows in lines.values() for r in rows)
   panels = [
@@ -113,7 +130,9 @@ def _lines(files, load):
   """{(label, colour, style, mark, model): rows} of files of results."""
   results = [json.loads(pathlib.Path(file).read_text()) for file in files]
   lines, seen = {}, {True: [], False: []}
-  for result in results:
+  for file, result in zip(files, results, strict=True):
+    if not {'framework', 'rows'} <= set(result):
+      raise ValueError(f'{file} is no file of `linearizer_jax.benchmark`.')
     where = f', {result["framework"]} {result["platform"]}'
     for row in result['rows']:
       # A batch that is full with one image was timed once.
@@ -206,10 +225,18 @@ def _accuracy_panel(axis, lines, accuracy):
 
 
 def plain_numbers(axis):
-  """Labels of a logarithmic axis as 1, 2, 5, 10 instead of powers."""
+  """Labels of a logarithmic axis as 1, 2, 5, 10 instead of powers.
+
+  An axis too short for two of them has evenly spaced ones.
+  """
   from matplotlib import ticker
 
-  axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  low, high = axis.get_view_interval()
+  axis.set_major_locator(
+    ticker.LogLocator(subs=(1, 2, 5))
+    if high > 6 * low
+    else ticker.MaxNLocator(4)
+  )
   axis.set_major_formatter(ticker.FormatStrFormatter('%g'))
   axis.set_minor_formatter(ticker.NullFormatter())
 

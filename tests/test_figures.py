@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from matplotlib import figure
 from PIL import Image
 from test_benchmark import results  # noqa: F401 (a fixture)
 
@@ -106,3 +107,46 @@ def test_accuracy_is_drawn_against_inference(tmp_path, capsys):
   arguments = ['tradeoff', str(file), f'--out={tmp_path}/a.png']
   assert not figures.main(arguments)
   assert 'inference' in figures.main([*arguments, '--accuracy', 'a=80'])
+
+
+def test_what_was_compiled_and_not_timed_has_no_panel(tmp_path):
+  row = {'model': 'a', 'variant': 'student', 'load': 'full', 'batch': 2}
+  row |= {'size': '32x32', 'pixels': 1024, 'memory_gib': 0.1}
+  timed = row | {'direction': 'inference', 'images_per_second': 3.0}
+  only_compiled = row | {'direction': 'training', 'images_per_second': None}
+  file = tmp_path / 'a.json'
+  result = {'framework': 'jax', 'platform': 'cpu'}
+  heights = []
+  for rows in ([timed], [timed, only_compiled]):
+    file.write_text(json.dumps(result | {'rows': rows}))
+    figures.tradeoff([file], tmp_path / 'a.png')
+    with Image.open(tmp_path / 'a.png') as drawn:
+      heights.append(drawn.height)
+  assert heights[0] == heights[1]
+  file.write_text('{}')
+  with pytest.raises(ValueError, match='no file of `linearizer_jax'):
+    figures.tradeoff([file], tmp_path / 'a.png')
+
+
+def test_a_single_loss_is_seen_and_none_is_not_drawn(tmp_path):
+  metrics, picture = tmp_path / 'metrics.jsonl', tmp_path / 'losses.png'
+  record = {'stage': 'a', 'step': 1, 'loss': 1.0}
+  metrics.write_text(json.dumps(record | {'split': 'eval'}) + '\n')
+  figures.loss_curves(tmp_path, picture)
+  assert not picture.exists()
+  metrics.write_text(json.dumps(record | {'split': 'train'}) + '\n')
+  figures.loss_curves(tmp_path, picture)
+  with Image.open(picture) as drawn:
+    inside = np.asarray(drawn.convert('RGB')).astype(int)
+  inside = inside[80:-80, 80:-80]  # of the axes, below the legend
+  assert (inside[..., 2] - inside[..., 0] > 60).any()  # something blue
+
+
+@pytest.mark.parametrize('top', [1.1, 3.0, 30.0])
+def test_an_axis_has_two_numbers_at_least(top):
+  axis = figure.Figure().subplots()
+  axis.plot([1, 2], [0.97, top])
+  axis.set_yscale('log')
+  figures.plain_numbers(axis.yaxis)
+  low, high = axis.yaxis.get_view_interval()
+  assert sum(low <= tick <= high for tick in axis.get_yticks()) >= 2
