@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import shlex
 
 import jax
 import ml_collections
@@ -10,8 +11,16 @@ import numpy as np
 from linearizer_jax import checkpoint, models, tasks, zeroshot
 from linearizer_jax.convert import load, weights
 from linearizer_jax.models import teachers
+from linearizer_jax.models.adventurer import flip_schedule
 
 _log = logging.getLogger('linearizer_jax')
+
+# Fields of `config.student` and `config.teacher` that decide the parameters, or
+# what they mean.
+SIZES = (
+  *('width', 'depth', 'patch_size', 'num_heads', 'class_token'),
+  *('head_dim', 'state_dim'),
+)
 
 
 def weights_source(config):
@@ -82,26 +91,38 @@ def load_segment_head(params, source, workdir):
   Raises:
     ValueError: `source` has no such head, or one of other sizes or classes.
   """
-  stage = None
+  stage, made = None, ''
   if source.startswith('stage:'):
     stage, source = source.removeprefix('stage:'), workdir
   if any(pathlib.Path(source).glob('*/checkpoints')):
     heads, info = checkpoint.load_params(source, stage=stage, role='heads')
     loaded = {'heads': heads, 'batch_stats': info['batch_stats'] or {}}
+    was = info['config']['segment'] | {
+      'num_classes': info['config']['data']['num_classes']
+    }
+    made = (
+      ' They were made with --config.segment.head={head} '
+      '--config.segment.channels={channels} '
+      '--config.segment.auxiliary_channels={auxiliary_channels} '
+      '--config.data.num_classes={num_classes}'
+    ).format(**was)
   else:
     found = load.load(source).variables
     heads = {k: v for k, v in found['params'].items() if k != 'backbone'}
     loaded = {'heads': heads, 'batch_stats': found.get('batch_stats', {})}
-  return {
-    name: _placed(
-      load.merge_params(
-        params[name], loaded[name], f'{name} of {source}', may_lack=()
-      ),
-      params[name],
-    )
-    for name in ('heads', 'batch_stats')
-    if name in params
-  }
+  try:
+    return {
+      name: _placed(
+        load.merge_params(
+          params[name], loaded[name], f'{name} of {source}', may_lack=()
+        ),
+        params[name],
+      )
+      for name in ('heads', 'batch_stats')
+      if name in params
+    }
+  except ValueError as error:
+    raise ValueError(f'{error}{made}') from None
 
 
 def load_class_projection(source, workdir):
@@ -184,6 +205,8 @@ def load_network(config, source, role, shapes, workdir):
       found = load.load(
         source, image_size=config[role].image_size or config.data.image_size
       )
+      model = getattr(found.model, 'backbone', found.model)
+      check_sizes(source, role, model, models.from_config(config, role)[0])
       params = found.variables['params']
       return params.get('backbone', params)  # of a segmenter
     if row is None or not row.family:
@@ -208,4 +231,36 @@ def load_network(config, source, role, shapes, workdir):
   (old, _), (new, _) = (
     models.from_config(c, role) for c in (old_config, config)
   )
+  check_sizes(source, role, old, new, (*SIZES, 'flip_blocks'))
   return load.fit_positions(params, old, new)
+
+
+def check_sizes(source, role, old, new, names=SIZES):
+  """Compares the network that weights are of with the one that is to run.
+
+  Args:
+    source: of the weights, for the error.
+    role: 'student' or 'teacher', the section of the config.
+    old, new: Modules.
+    names: fields to compare.
+
+  Raises:
+    ValueError: they differ; with the flags that make them agree.
+  """
+
+  def value(model, name):
+    found = getattr(model, name, None)
+    if name == 'flip_blocks' and found is not None:
+      found = tuple(sorted(flip_schedule(found, model.depth)))
+    return found
+
+  flags = [
+    shlex.quote(f'--config.{role}.{name}={value(old, name)}')
+    for name in names
+    if value(old, name) not in (None, value(new, name))
+  ]
+  if flags:
+    raise ValueError(
+      f'the weights of {source} are of a network of other sizes than '
+      f'config.{role}; for theirs add {" ".join(flags)}'
+    )

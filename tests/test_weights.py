@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import zipfile
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from linearizer_jax import start
 from linearizer_jax.convert import FAMILIES, load, tables, weights
 from linearizer_jax.models import create_model, vit
 from linearizer_jax.models.layers import resize_positions
@@ -377,3 +379,17 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
     'model.safetensors'
   ) in str(error.value)
   assert calls == [False, True, True, True]  # waits for the network once
+
+
+def test_sizes_that_differ_are_said_as_flags():
+  was = dict(width=64, head_dim=16, flip_blocks=[1, 3])
+  names = (*start.SIZES, 'flip_blocks')
+  old = create_model('adventurer_tiny_patch8', **was)
+  new = create_model('adventurer_tiny_patch8', width=64)
+  flags = "--config.student.head_dim=16 '--config.student.flip_blocks=(1, 3)'"
+  with pytest.raises(ValueError, match=re.escape(f'add {flags}')):
+    start.check_sizes('runs/a', 'student', old, new, names)
+  same = create_model('adventurer_tiny_patch8', flip_blocks=(2, 3))
+  start.check_sizes(
+    *('runs/a', 'student', same, create_model('adventurer_tiny_patch8'), names)
+  )

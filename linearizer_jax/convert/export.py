@@ -120,6 +120,8 @@ def import_folder(folder, workdir):
   with _whole_folder(workdir) as partial:
     path = folder / CONFIG
     config = checkpoint.read_json(path) if path.is_file() else {}
+    if not folder.is_dir():
+      raise ValueError(f'there is no folder {folder}.')
     if not config.get('run'):
       raise ValueError(
         f'{folder} was not exported from a run: its {CONFIG} names none. Use '

@@ -92,17 +92,18 @@ def find_weights(source):
       if (path / name).is_file():
         return path / name
     raise FileNotFoundError(
-      f'{path} holds none of {", ".join(WEIGHT_FILES)}. Set '
-      'config.teacher.weights to the file itself.'
+      f'{path} holds no checkpoints of a run and none of '
+      f'{", ".join(WEIGHT_FILES)}. Set config.teacher.weights or config.init '
+      'to the file itself.'
     )
   is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+', str(source))
   is_file_name = path.suffix in (*TORCH_SUFFIXES, '.safetensors')
   # Of a folder that is here, such as runs/, what is meant is a path.
   if not is_hub_id or is_file_name or path.parent.is_dir():
     raise FileNotFoundError(
-      f'there is no weights file {path}. Set config.teacher.weights to a '
-      'safetensors or torch file, a folder with one, or a repository of the '
-      'Hugging Face hub.'
+      f'there is no weights file {path}. Expected a safetensors or torch file, '
+      'a folder with one, a work directory with checkpoints or a repository of '
+      'the Hugging Face hub: change config.teacher.weights or config.init.'
     )
   return download(str(source))
 
