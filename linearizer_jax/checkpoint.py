@@ -415,9 +415,11 @@ def claim_workdir(workdir, config):
         f'{new.get(name, "not there")!r}'
         for name in differing
       )
+      unused = not any(workdir.glob('*/checkpoints/*'))
+      or_else = ', or remove it: nothing is saved there' if unused else ''
       raise ValueError(
         f'{workdir} holds a run with another config: {rows}. Give another '
-        '--workdir, or set these fields back.'
+        f'--workdir, or set these fields back{or_else}.'
       )
     gone = [s for s in before['stages'] if s not in known]
     config = config | {

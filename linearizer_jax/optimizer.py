@@ -35,11 +35,14 @@ def learning_rates(config, total_steps, steps_per_epoch):
   Raises:
     ValueError: the warm-up is as long as the run.
   """
+  if not total_steps:  # of an evaluation
+    return np.zeros(0, np.float32)
   warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
   if warmup >= total_steps:
     raise ValueError(
       f'warm-up takes {warmup} of {total_steps} updates; lower '
-      'config.schedule.warmup_epochs or raise config.epochs.'
+      'config.schedule.warmup_epochs or raise config.epochs (or config.steps, '
+      'which goes before it).'
     )
   schedule = optax.warmup_cosine_decay_schedule(
     init_value=0.0 if warmup else config.optimizer.learning_rate,

@@ -89,8 +89,6 @@ def run_stage(config, workdir, devices=None, shared=None):
   rates = optimizer.learning_rates(config, total_steps, steps_per_epoch)
   num_classes = pipeline.num_classes(data)
   program = shared_programs(config, mesh, num_classes, shared)
-  if config.task in tasks.EVALUATIONS:
-    total_steps = 0
 
   # ------------------------- parameters born sharded, or where the run stood
   seeds = jax.random.split(jax.random.key(config.seed), 4)
@@ -107,7 +105,7 @@ def run_stage(config, workdir, devices=None, shared=None):
   else:
     state = start.start_state(config, program, workdir, init_key)
   _log.info(
-    '%s: %d steps of %d images on %d x %s; %s parameters train, %s are frozen',
+    '%s: %d steps of %d images on %d x %s; %s parameters and %s frozen ones',
     *(stage, total_steps, batch_size, mesh.size),
     mesh.devices.flat[0].device_kind,
     *(f'{_count(tree):,}' for tree in (state.params, frozen)),
@@ -230,6 +228,8 @@ def check_stage(config, devices=None):
 def _length(config, data):
   """Updates of a stage, and of an epoch."""
   per_epoch = pipeline.num_train_examples(data) / config.batch_size
+  if config.task in tasks.EVALUATIONS:
+    return 0, per_epoch
   return config.steps or math.ceil(config.epochs * per_epoch), per_epoch
 
 
