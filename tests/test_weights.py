@@ -357,7 +357,7 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(FileNotFoundError, match='no weights file runs/nothing'):
     weights.find_weights('runs/nothing')
-  with pytest.raises(FileNotFoundError, match='holds none of model'):
+  with pytest.raises(FileNotFoundError, match='none of model'):
     weights.find_weights(tmp_path)
   with pytest.raises(ValueError, match='no published weights'):
     load.load_teacher('vit_tiny_patch16')
