@@ -32,7 +32,11 @@ setup(
   # `kernels` alone would overwrite another package of that import name.
   package_dir={'linearizer_jax.kernels': 'kernels'},
   packages=find_packages(include=['linearizer_jax', 'linearizer_jax.*'])
-  + ['linearizer_jax.kernels', 'linearizer_jax.kernels.ssd'],
+  + [
+    'linearizer_jax.kernels',
+    'linearizer_jax.kernels.compare',
+    'linearizer_jax.kernels.ssd',
+  ],
   package_data={'linearizer_jax': ['weights/*/*']},
   install_requires=[
     f'jax{JAX}',

@@ -3,6 +3,11 @@
   python kernels/bench.py --shapes cpu_198 cpu_786 \
     --implementations default reference xla --out bench.json
   python kernels/bench.py --chip v5e --out tpu.json   # without a TPU
+  python kernels/bench.py --all --mamba_ssm DIR   # against peers, on a GPU
+
+With --all every program has a process of its own, is compared with float64
+and, on a GPU, timed beside the Triton kernels of mamba_ssm and flash attention;
+files are written after each shape (kernels/compare). The rest is without it.
 
 The programs of one shape run in turns, so that a busy machine slows all of
 them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
@@ -18,6 +23,9 @@ import argparse
 import functools
 import json
 import os
+import pathlib
+import shlex
+import sys
 import tempfile
 import time
 
@@ -31,6 +39,7 @@ from linearizer_jax.kernels import cost
 from linearizer_jax.kernels.ssd import api, ssd
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
+DOCS = pathlib.Path(__file__).parents[1] / 'docs/benchmarks.md'
 ROUNDS = (3, 30)  # fewest and most, whatever --seconds
 TOPOLOGIES = {
   'v4': 'v4:2x2x1',
@@ -42,6 +51,9 @@ TOPOLOGIES = {
 
 def main():
   options = parse_arguments()
+  if options.all and not options.chip:
+    compare(options)
+    return
   dumps = None
   if options.bundles:
     dumps = tempfile.mkdtemp()
@@ -92,54 +104,64 @@ def main():
       json.dump(about | {'rows': rows}, f, indent=2)
 
 
+def compare(options):
+  """The comparison with peers; see kernels/compare."""
+  from linearizer_jax.kernels.compare import run, table
+
+  command = shlex.join(['python', 'kernels/bench.py', *sys.argv[1:]])
+  print('\n' + table.shapes(run.run(options, command)))
+
+
 def parse_arguments():
-  """Shapes and implementations by name; what suits a CPU by default."""
-  chip = argparse.ArgumentParser(add_help=False)
-  chip.add_argument('--chip', choices=TOPOLOGIES, help='compile for this TPU')
-  platform = 'tpu' if chip.parse_known_args()[0].chip else None
-  platform = platform or jax.devices()[0].platform
-  on_cpu = platform == 'cpu'
-  parser = argparse.ArgumentParser(
-    description=__doc__.split('\n')[0], parents=[chip]
-  )
-  parser.add_argument(
-    '--shapes',
-    nargs='+',
-    choices=SHAPES,
-    default=[name for name in SHAPES if name.startswith('cpu_') == on_cpu],
-  )
+  """Shapes and implementations by name; what suits the device by default."""
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--chip', choices=TOPOLOGIES, help='compile for this TPU')
+  parser.add_argument('--shapes', nargs='+', choices=SHAPES)
   parser.add_argument(
     '--implementations',
     nargs='+',
     choices=['default', *api.IMPLEMENTATIONS],
-    default=['pallas_tpu', 'xla_scan', 'xla']
-    if platform == 'tpu'
-    else ['default', 'reference', 'xla'],
   )
   parser.add_argument(
     '--all',
     action='store_true',
-    help='every shape, and every implementation of this platform',
+    help='against float64 and the peers of the device, with --out and --docs; '
+    'with --chip every shape, and every implementation of a TPU',
   )
-  parser.add_argument('--dtype', default='float32' if on_cpu else 'bfloat16')
+  parser.add_argument('--dtype', choices=('float32', 'bfloat16'))
   parser.add_argument(
-    '--seconds', type=float, default=10, help='per shape and direction'
+    '--seconds',
+    type=float,
+    help='per shape and direction (default 10), with --all for everything '
+    '(default 420)',
   )
   parser.add_argument(
     '--max_gib',
     type=float,
-    default=8,
-    help='programs with more temporary memory are compiled but not run',
+    help='programs with more temporary memory are compiled but not run '
+    '(default 8, none on an accelerator with --all)',
   )
   parser.add_argument(
     '--bundles',
     action='store_true',
     help='with --chip: instruction bundles of every Pallas kernel',
   )
+  parser.add_argument(
+    '--mamba_ssm',
+    help='with --all, on a GPU: folder of an unpacked mamba_ssm, at least '
+    '2.2.5; it is not installed, and its extension is not needed',
+  )
   parser.add_argument('--out', help='a JSON file to write')
+  parser.add_argument(
+    '--docs', help=f'with --all: page with the tables (default {DOCS})'
+  )
   options = parser.parse_args()
   if options.bundles and not options.chip:
     parser.error('--bundles needs --chip')
+  if options.all and not options.chip:
+    return _for_all(parser, options)
+  platform = 'tpu' if options.chip else jax.devices()[0].platform
+  on_cpu = platform == 'cpu'
   if options.all:
     options.shapes = list(SHAPES)
     options.implementations = [
@@ -147,6 +169,34 @@ def parse_arguments():
       for name in api.IMPLEMENTATIONS
       if 'pallas' not in name or name.endswith(platform)
     ]
+  options.shapes = options.shapes or [
+    name for name in SHAPES if name.startswith('cpu_') == on_cpu
+  ]
+  options.implementations = options.implementations or (
+    ['pallas_tpu', 'xla_scan', 'xla']
+    if platform == 'tpu'
+    else ['default', 'reference', 'xla']
+  )
+  options.dtype = options.dtype or ('float32' if on_cpu else 'bfloat16')
+  options.seconds = options.seconds or 10
+  options.max_gib = options.max_gib or 8
+  return options
+
+
+def _for_all(parser, options):
+  """Options of --all; what would fail after minutes is an error now."""
+  from linearizer_jax.kernels.compare import mamba
+
+  options.seconds = options.seconds or 420
+  options.out, options.docs = options.out or 'bench.json', options.docs or DOCS
+  for path in (options.out, options.docs):
+    if not pathlib.Path(path).resolve().parent.is_dir():
+      parser.error(f'there is no folder for {path}')
+  if options.mamba_ssm:
+    try:
+      mamba.find(options.mamba_ssm)
+    except (ValueError, OSError) as error:
+      parser.error(str(error))
   return options
 
 
@@ -169,24 +219,32 @@ def trace(function, inputs, device):
   return jax.jit(function, in_shardings=at, out_shardings=at).trace(*shapes)
 
 
-def make_inputs(s, dtype):
-  """x (B, L, H P), dt, A, B, C, D of a shape, and a cotangent of y."""
+def draw_inputs(s):
+  """x (B, L, H P), dt, A, B, C, D of a shape, and a cotangent of y, float32."""
   rng = np.random.default_rng(0)
 
   def normal(*shape):
-    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    return rng.standard_normal(shape, np.float32)
 
   dt = np.exp(rng.uniform(np.log(1e-3), np.log(0.3), (s.batch, s.length, 1)))
   x = normal(s.batch, s.length, s.heads * s.head_dim)
   args = (
     x,
-    jnp.broadcast_to(jnp.float32(dt), (*x.shape[:2], s.heads)),
-    -jnp.linspace(1, 16, s.heads),
+    np.repeat(dt.astype(np.float32), s.heads, axis=2),
+    -np.linspace(1, 16, s.heads, dtype=np.float32),
     normal(s.batch, s.length, s.groups, s.state_dim),
     normal(s.batch, s.length, s.groups, s.state_dim),
-    jnp.ones(s.heads),
+    np.ones(s.heads, np.float32),
   )
-  return args, jnp.flip(x, axis=1)
+  return args, np.flip(x, axis=1).copy()
+
+
+def make_inputs(s, dtype):
+  """`draw_inputs` on the device: x, B, C and the cotangent in dtype."""
+  (x, dt, A, B, C, D), cotangent = draw_inputs(s)
+  x, B, C, cotangent = (jnp.asarray(a, dtype) for a in (x, B, C, cotangent))
+  dt, A, D = (jnp.asarray(a) for a in (dt, A, D))
+  return (x, dt, A, B, C, D), cotangent
 
 
 def forward(shape, implementation):

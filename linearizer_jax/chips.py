@@ -37,13 +37,38 @@ PEAK_FLOPS = {
   'NVIDIA H100 PCIe': 756e12,
   'NVIDIA H200': 989e12,
 }
+# Likewise bytes/s of the device's memory.
+PEAK_BANDWIDTH = {
+  'TPU v4': CHIPS['v4'].bandwidth,
+  'TPU v5 lite': CHIPS['v5e'].bandwidth,
+  'TPU v5e': CHIPS['v5e'].bandwidth,
+  'TPU v5': CHIPS['v5p'].bandwidth,
+  'TPU v5p': CHIPS['v5p'].bandwidth,
+  'TPU v6 lite': CHIPS['v6e'].bandwidth,
+  'TPU v6e': CHIPS['v6e'].bandwidth,
+  'NVIDIA A100-SXM4-40GB': 1555e9,
+  'NVIDIA A100-SXM4-80GB': 2039e9,
+  'NVIDIA A100-PCIE-40GB': 1555e9,
+  'NVIDIA A100 80GB PCIe': 1935e9,
+  'NVIDIA H100 80GB HBM3': 3350e9,
+  'NVIDIA H100 PCIe': 2000e9,
+  'NVIDIA H200': 4800e9,
+}
 
 
 def peak_flops(device):
   """bfloat16 FLOP/s of a jax device, None where the table has no row."""
-  kind = device.device_kind
-  names = [name for name in PEAK_FLOPS if kind.startswith(name)]
-  return PEAK_FLOPS[max(names, key=len)] if names else None
+  return _by_kind(PEAK_FLOPS, device)
+
+
+def peak_bandwidth(device):
+  """Bytes/s of a jax device's memory, None where the table has no row."""
+  return _by_kind(PEAK_BANDWIDTH, device)
+
+
+def _by_kind(table, device):
+  names = [name for name in table if device.device_kind.startswith(name)]
+  return table[max(names, key=len)] if names else None
 
 
 def step_flops(step, *args):

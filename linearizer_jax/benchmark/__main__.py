@@ -2,6 +2,7 @@
 
 python -m linearizer_jax.benchmark --out=FILE.json
 python -m linearizer_jax.benchmark --torch --out=FILE.json
+python -m linearizer_jax.benchmark --distill=configs/distill_base.py
 python -m linearizer_jax.benchmark --table=FILE.json
 """
 
@@ -39,17 +40,17 @@ def main(argv=None):
   try:
     if options.table:
       return write_section(options.table, options.docs)
-    results = (measure_torch if options.torch else measure)(options)
+    how = measure_torch if options.torch else measure
+    results = (measure_distillation if options.distill else how)(options)
   except (ValueError, ImportError, OSError) as error:
     return f'{parser.prog}: {error}'
   results['command'] = shlex.join([*parser.prog.split(), *argv])
   if options.out:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=2) + '\n')
-    draw([options.out], options.out.with_suffix('.png'))
-  from linearizer_jax.benchmark import summary
-
-  print(summary.markdown(results))
+    if not options.distill:
+      draw([options.out], options.out.with_suffix('.png'))
+  print(section(results)[1])
 
 
 def make_parser():
@@ -80,6 +81,20 @@ def make_parser():
     '--torch',
     action='store_true',
     help='the exported student against a ViT in PyTorch, on the CPU',
+  )
+  parser.add_argument(
+    '--distill',
+    metavar='CONFIG',
+    help='the train step of this distillation with each scan of the device, '
+    'such as configs/distill_base.py',
+  )
+  parser.add_argument(
+    '--batch', type=int, default=256, help='with --distill: images a step'
+  )
+  parser.add_argument(
+    '--implementations',
+    type=lambda text: text.split(','),
+    help='with --distill: scans by name, with commas',
   )
   parser.add_argument(
     '--table',
@@ -146,17 +161,48 @@ def measure_torch(options):
   )
 
 
+def measure_distillation(options):
+  """Results of a distillation's train step on the first device."""
+  import jax
+
+  from linearizer_jax.benchmark import distill
+
+  ignored = [
+    f'--{name}'
+    for name in ('torch', 'models', 'sizes', 'tokens', 'dtype')
+    if getattr(options, name)
+  ]
+  if ignored:
+    raise ValueError(f'--distill takes no {", ".join(ignored)}.')
+  return distill.run(
+    options.distill,
+    device=jax.devices()[0],
+    batch=options.batch,
+    implementations=options.implementations,
+    seconds=options.seconds,
+    max_gib=options.max_gib,
+  )
+
+
+def section(results):
+  """(title, Markdown) of a file of results."""
+  from linearizer_jax.benchmark import distill, summary
+
+  if 'config' in results:
+    return 'Distillation step', distill.markdown(results)
+  return 'Student against teacher', summary.markdown(results)
+
+
 def write_section(path, docs):
   """Puts the table of a file of results on its page."""
-  from linearizer_jax.benchmark import summary
   from linearizer_jax.kernels import sections
 
   results = json.loads(path.read_text(encoding='utf-8'))
-  title = f'Student against teacher, {results["framework"]} on '
-  title += results['platform'].upper()
-  text = f'## {title}\n\n{summary.markdown(results)}'
-  name = f'benchmark {results["framework"]} {results["platform"]}'
-  sections.rewrite(docs, name, text)
+  what, text = section(results)
+  title = f'{what}, {results["framework"]} on {results["platform"].upper()}'
+  kind = 'distillation' if 'config' in results else 'benchmark'
+  name = f'{kind} {results["framework"]} {results["platform"]}'
+  sections.rewrite(docs, name, f'## {title}\n\n{text}')
   print(f'Section {name!r} of {docs} is written.')
 
 

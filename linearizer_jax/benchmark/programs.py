@@ -60,6 +60,10 @@ class Case:
       self.model, num_classes=CLASSES, image_size=self.size, **fields
     )
 
+  def program(self):
+    """(function, shapes of its arguments, which of them are donated)."""
+    return (_training if self.direction == 'training' else _inference)(self)
+
   def row(self):
     """What is known of the case without compiling it."""
     height, width = self.size
@@ -80,8 +84,7 @@ class Program:
 
   def __init__(self, case, device):
     self.case, self.device = case, device
-    make = _training if case.direction == 'training' else _inference
-    function, self.shapes, donated = make(case)
+    function, self.shapes, donated = case.program()
     at = jax.sharding.SingleDeviceSharding(device)
     shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
@@ -130,7 +133,8 @@ def measure(programs, seconds, deadline, limit_gib):
   """Rows of one group of programs, timed in turns.
 
   Args:
-    programs: {case: Program, or a reason for there being none}.
+    programs: {case: Program, or a reason for there being none}; a case is
+      anything with the `program`, `row`, `batch` and `direction` of `Case`.
     seconds: to spend on rounds.
     deadline: of time.monotonic(); what would pass it is not timed.
     limit_gib: a program that needs more memory is not run.

@@ -100,7 +100,7 @@ def full_batch(name, size, tokens):
   return max(1, round(tokens * patch**2 / (size[0] * size[1])))
 
 
-def compile_all(cases, device, deadline):
+def compile_all(cases, device, deadline, refusals=programs.REFUSALS):
   """{case: Program, or the reason why there is none}, several at a time."""
 
   def make(case):
@@ -108,7 +108,7 @@ def compile_all(cases, device, deadline):
       return 'not compiled: the budget of seconds is spent (--seconds)'
     try:
       return programs.Program(case, device)
-    except programs.REFUSALS as error:
+    except refusals as error:
       return programs.first_line(error)
 
   workers = max(1, (os.cpu_count() or 2) // 2)

@@ -1,0 +1,141 @@
+"""Programs of JAX that are timed: implementations of the scan, attention."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from linearizer_jax import chips
+from linearizer_jax.kernels import bench
+from linearizer_jax.kernels.compare import exact, figures
+
+
+class JaxProgram:
+  """One function at one shape, forward and with backward; see the package.
+
+  Args:
+    shape: `Shape`.
+    dtype: 'float32' or 'bfloat16'.
+    max_gib: a program that needs more temporary memory is not run; None runs
+      whatever fits.
+  """
+
+  folder = None  # of the exact results, where there are such
+
+  def __init__(self, shape, dtype, max_gib=None):
+    self.shape, self.dtype, self.max_gib = shape, dtype, max_gib
+    self.device = jax.devices()[0]
+    self._calls = {}
+
+  def about(self):
+    """What is known of the device, and its published peaks."""
+    return {
+      'device': self.device.device_kind,
+      'platform': self.device.platform,
+      'jax': jax.__version__,
+      'peak_flops': chips.peak_flops(self.device),
+      'peak_bandwidth': chips.peak_bandwidth(self.device),
+    }
+
+  def prepare(self, direction, seconds):
+    """Compiles, compares and gets ready to be sampled; the figures of a row."""
+    del seconds
+    inputs, function = self.inputs(), self.function(direction)
+    compiled = bench.trace(function, inputs, self.device).lower().compile()
+    memory = compiled.memory_analysis()
+    used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    row = {'mib': used / 2**20}
+    if self.max_gib and used > self.max_gib * 2**30:
+      return row | {'reason': f'needs more than {self.max_gib} GiB'}
+    placed = jax.device_put(inputs, compiled.input_formats[0])
+    call = functools.partial(compiled, *placed)
+    result = jax.block_until_ready(call())
+    if self.folder:
+      row['errors'] = exact.errors(
+        self.folder,
+        [np.asarray(a, np.float32) for a in jax.tree.leaves(result)],
+      )
+    del result
+    row['called_milliseconds'] = milliseconds = figures.settled(
+      functools.partial(self._time, call)
+    )
+    calls = 1
+    if self.device.platform != 'cpu' and milliseconds < figures.MANY_BELOW_MS:
+      call, calls = self._many(function, inputs), figures.SETS
+      milliseconds = figures.settled(functools.partial(self._time, call))
+      milliseconds /= calls
+    repeats = figures.repeats(milliseconds * calls)
+    self._calls[direction] = call, repeats, calls
+    return row
+
+  def sample(self, direction):
+    """Milliseconds of a call."""
+    call, repeats, calls = self._calls[direction]
+    return self._time(call, repeats) / calls
+
+  def _time(self, call, repeats):
+    start = time.perf_counter()
+    for _ in range(repeats):
+      result = call()
+    jax.block_until_ready(result)
+    return 1e3 * (time.perf_counter() - start) / repeats
+
+  def _many(self, function, inputs):
+    """A call of one program that runs the function on several sets."""
+    sets = tuple(
+      jax.tree.map(
+        lambda a, i=i: jnp.roll(a, i, axis=1) if a.ndim > 1 else a, inputs
+      )
+      for i in range(figures.SETS)
+    )
+
+    def run(*sets):
+      return [function(*inputs) for inputs in sets]
+
+    compiled = bench.trace(run, sets, self.device).lower().compile()
+    placed = jax.device_put(sets, compiled.input_formats[0])
+    call = functools.partial(compiled, *placed)
+    jax.block_until_ready(call())
+    return call
+
+
+class Scan(JaxProgram):
+  """An implementation of `ssd` from the table.
+
+  Args:
+    implementation: its name.
+    folder: of `exact.Exact.write`.
+  """
+
+  def __init__(self, implementation, folder, *args):
+    super().__init__(*args)
+    self.implementation, self.folder = implementation, folder
+
+  def inputs(self):
+    return bench.make_inputs(self.shape, self.dtype)
+
+  def function(self, direction):
+    make = bench.forward if direction == 'forward' else bench.forward_backward
+    return make(self.shape, self.implementation)
+
+
+class Attention(JaxProgram):
+  """cuDNN's flash attention as `jax.nn` calls it, at the width of the scan."""
+
+  def inputs(self):
+    q, k, v, cotangent = (
+      jnp.asarray(a, self.dtype) for a in figures.draw_attention(self.shape)
+    )
+    return (q, k, v), cotangent
+
+  def function(self, direction):
+    def forward(args, _):
+      return jax.nn.dot_product_attention(*args, implementation='cudnn')
+
+    def both(args, cotangent):
+      y, pullback = jax.vjp(lambda args: forward(args, None), args)
+      return y, pullback(cotangent)
+
+    return forward if direction == 'forward' else both

@@ -1,0 +1,265 @@
+"""Runs the comparison: shapes, processes, a budget of seconds, files."""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+
+from linearizer_jax.kernels import sections
+from linearizer_jax.kernels.compare import (
+  exact,
+  figures,
+  jax_programs,
+  mamba,
+  table,
+  torch_programs,
+)
+from linearizer_jax.kernels.compare.worker import Worker, WorkerError
+from linearizer_jax.kernels.ssd import api
+from linearizer_jax.kernels.ssd.shapes import SHAPES
+
+ROUNDS = (3, 30)  # fewest and most
+PREPARING = 0.75  # share of a shape's time after which nothing is compiled
+SAMPLING = 40  # most seconds a shape is sampled
+PATIENCE = 30  # seconds for an answer once its time is over
+DEFAULT_SHAPES = {'cpu': ('cpu_198', 'cpu_786')}
+ACCELERATOR_SHAPES = ('base_224', 'base_512', 'base_2048')
+
+
+def run(options, command):
+  """Measures every shape; writes the files after each of them.
+
+  Args:
+    options: of `bench.parse_arguments`: shapes, implementations, dtype,
+      max_gib (each None for what suits the device), mamba_ssm, seconds, out,
+      docs.
+    command: that it was started by.
+
+  Returns:
+    What the JSON file holds.
+  """
+  # Processes share the device, so none may take most of its memory at once.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
+  end = time.monotonic() + options.seconds
+  asked = Worker(jax_programs.JaxProgram, None, None)
+  results = asked.ask('about', timeout=options.seconds)
+  asked.close()
+  platform = results['platform']
+  on_cpu = platform == 'cpu'
+  dtype = options.dtype or ('float32' if on_cpu else 'bfloat16')
+  max_gib = options.max_gib or (8 if on_cpu else None)
+  names = options.shapes or DEFAULT_SHAPES.get(platform, ACCELERATOR_SHAPES)
+  results |= {
+    'command': command,
+    'dtype': dtype,
+    'seconds': options.seconds,
+    'shapes': {name: vars(SHAPES[name]) for name in names},
+    'rows': [],
+  }
+  before_triton = lambda timeout: None  # noqa: E731
+  if platform == 'gpu':
+    results |= versions('torch', 'triton')
+  if options.mamba_ssm and platform == 'gpu':
+    results['mamba_ssm'] = mamba.find(options.mamba_ssm)[1]
+    before_triton = start_compilers(options.mamba_ssm, names, dtype)
+  for i, name in enumerate(names):
+    share = (end - time.monotonic()) / (len(names) - i)
+    results['rows'] += measure(
+      name,
+      functools.partial(
+        programs, platform, options, SHAPES[name], dtype, max_gib
+      ),
+      (dtype, results),
+      time.monotonic() + share,
+      before_triton,
+    )
+    write(results, options)
+  return results
+
+
+def versions(*names):
+  """{package: version} of those that are installed."""
+  found = {}
+  for name in names:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      found[name] = importlib.metadata.version(name)
+  return found
+
+
+def programs(platform, options, shape, dtype, max_gib, folder):
+  """{name: arguments of its Worker}, the most wanted first."""
+  names = options.implementations or sorted(
+    (
+      name
+      for name in api.IMPLEMENTATIONS
+      if name.endswith(platform) or 'pallas' not in name
+      if platform == 'cpu' or name != 'reference'
+    ),
+    key=lambda name: not name.endswith(platform),
+  )
+  what = shape, dtype
+  found = {
+    name: (jax_programs.Scan, name, folder, *what, max_gib) for name in names
+  }
+  if platform == 'gpu':
+    source = options.mamba_ssm
+    torch_attention = functools.partial(_attention_in_torch, what)
+    found |= {
+      'mamba_ssm': (torch_programs.MambaScan, source, folder, *what),
+      f'{figures.ATTENTION}, cuDNN in JAX': (jax_programs.Attention, *what),
+      f'{figures.ATTENTION}, flash in torch': torch_attention('FLASH'),
+      f'{figures.ATTENTION}, cuDNN in torch': torch_attention('CUDNN'),
+    }
+  return found
+
+
+def _attention_in_torch(what, backend):
+  return torch_programs.Attention, f'{backend}_ATTENTION', *what
+
+
+def start_compilers(folder, names, dtype):
+  """Compiles Triton's kernels in the background; returns how to wait for it."""
+  parts = max(1, min(12, (os.cpu_count() or 1) - 4))
+  shapes = [SHAPES[name] for name in names]
+  workers = [
+    Worker(mamba.Compiler, folder, part, parts) for part in range(parts)
+  ]
+  for worker in workers:
+    worker.send('compile', shapes, dtype)
+
+  def wait(timeout):
+    late = time.monotonic() + timeout
+    while workers:
+      worker = workers.pop()
+      try:
+        worker.receive(late - time.monotonic())
+        worker.close()
+      except WorkerError as error:  # tuning compiles what is missing
+        print(f'compiling mamba_ssm beforehand: {error}', flush=True)
+
+  return wait
+
+
+def measure(name, make_programs, known, end, before_triton):
+  """Rows of one shape: prepared one after another, then sampled in turns.
+
+  Args:
+    name: of the shape.
+    make_programs: folder of exact results -> {program: arguments of Worker}.
+    known: (dtype, device's peaks).
+    end: of time.monotonic().
+    before_triton: called with seconds before mamba_ssm is tuned.
+
+  Returns:
+    A row for each program and direction: 'shape', 'program', 'direction',
+    'milliseconds', 'samples', 'error' (the largest of 'errors'), 'reason' where
+    there is no time, what `prepare` gives, and `figures.derived`.
+  """
+  shape, (dtype, peaks) = SHAPES[name], known
+  prepare_end = end - (1 - PREPARING) * (end - time.monotonic())
+  with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+
+    def start(*arguments):
+      return stack.enter_context(contextlib.closing(Worker(*arguments)))
+
+    reference = start(exact.Exact, shape, dtype)
+    workers = {
+      program: start(*arguments)
+      for program, arguments in make_programs(folder).items()
+    }
+    try:
+      left = prepare_end - time.monotonic()
+      reference.ask('write', folder, timeout=max(left / 2, 0))
+    except WorkerError as error:
+      print(f'{name}: no float64 to compare with: {error}', flush=True)
+    reference.close()  # and what it holds of the device's memory
+    rows = []
+    for program, worker in workers.items():
+      if program == 'mamba_ssm':
+        before_triton((prepare_end - time.monotonic()) / 2)
+      for direction in figures.DIRECTIONS:
+        row = {'shape': name, 'program': program, 'direction': direction}
+        rows.append(row | prepare(worker, direction, prepare_end))
+    sample(rows, workers, min(end - time.monotonic(), SAMPLING))
+  for row in rows:
+    row |= figures.derived(row, shape, dtype, peaks)
+    print(json.dumps(row), flush=True)
+  return rows
+
+
+def prepare(worker, direction, end):
+  """The part of a row that is known before it is sampled."""
+  row = {'milliseconds': None, 'error': None, 'reason': None}
+  left = end - time.monotonic()
+  if left <= 0:
+    return row | {'reason': 'the budget of seconds is spent (--seconds)'}
+  try:
+    row |= worker.ask('prepare', direction, left / 2, timeout=left + PATIENCE)
+  except WorkerError as error:
+    return row | {'reason': str(error)}
+  errors = row.get('errors', {})
+  if wrong := [name for name, error in errors.items() if error is None]:
+    row['note'] = f'not finite: {", ".join(wrong)}'
+  elif errors:
+    row['error'] = max(errors.values())
+  return row
+
+
+def sample(rows, workers, seconds):
+  """Puts the median time of each row that is prepared into it."""
+  calls = {
+    i: functools.partial(
+      workers[row['program']].ask,
+      'sample',
+      row['direction'],
+      timeout=PATIENCE,
+    )
+    for i, row in enumerate(rows)
+    if not row['reason']
+  }
+  for i, (values, reason) in in_turns(calls, seconds).items():
+    rows[i]['reason'] = reason
+    if values:
+      rows[i]['milliseconds'] = float(np.median(values))
+      rows[i]['samples'] = len(values)
+
+
+def in_turns(calls, seconds):
+  """Samples of all calls, one each a round; what fails is left out from then.
+
+  Args:
+    calls: {key: function that gives milliseconds or raises `WorkerError`}.
+    seconds: after which no round starts, once there were the fewest.
+
+  Returns:
+    {key: (list of milliseconds, reason of its end or None)}.
+  """
+  found = {key: ([], None) for key in calls}
+  start = time.monotonic()
+  for i in range(ROUNDS[1]):
+    if i >= ROUNDS[0] and time.monotonic() - start > seconds:
+      break
+    for key, (values, reason) in found.items():
+      if reason is None:
+        try:
+          values.append(calls[key]())
+        except WorkerError as error:
+          found[key] = [], str(error)
+  return found
+
+
+def write(results, options):
+  """The JSON file, and the section of the page."""
+  if options.out:
+    text = json.dumps(results, indent=2) + '\n'
+    pathlib.Path(options.out).write_text(text, encoding='utf-8')
+  if options.docs:
+    sections.rewrite(
+      options.docs, f'scan {results["platform"]}', table.page(results)
+    )

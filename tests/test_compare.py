@@ -1,0 +1,475 @@
+"""The comparison with peers: what can be tested without a GPU."""
+
+import functools
+import json
+import math
+import os
+import sys
+import time
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from linearizer_jax.kernels import bench
+from linearizer_jax.kernels.compare import (
+  exact,
+  figures,
+  jax_programs,
+  mamba,
+  run,
+  table,
+  torch_programs,
+)
+from linearizer_jax.kernels.compare.worker import Worker, WorkerError
+from linearizer_jax.kernels.ssd import api
+from linearizer_jax.kernels.ssd.shapes import SHAPES, Shape
+
+TINY = Shape(batch=2, length=19, heads=4, head_dim=8, state_dim=4, groups=2)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Exact results of the tiny shape."""
+  path = tmp_path_factory.mktemp('exact')
+  exact.Exact(TINY, 'float32').write(path)
+  return path
+
+
+# ------------------------------------------------------------------- float64
+
+
+def test_float64_is_the_recurrence(folder):
+  """Against a loop that follows the equation, and the gradients of ours."""
+  (x, dt, A, B, C, D), _ = bench.draw_inputs(TINY)
+  x = x.reshape(2, 19, 4, 8).astype(np.float64)
+  y = np.zeros_like(x)
+  for b, h in np.ndindex(2, 4):
+    state = np.zeros((8, 4))
+    for t in range(19):
+      state = np.exp(np.float64(dt[b, t, h]) * A[h]) * state
+      state += np.outer(np.float64(dt[b, t, h]) * x[b, t, h], B[b, t, h // 2])
+      y[b, t, h] = state @ C[b, t, h // 2] + D[h] * x[b, t, h]
+  assert exact.errors(folder, [y])['y'] < 1e-14
+  args, cotangent = bench.make_inputs(TINY, 'float32')
+  ours = bench.forward_backward(TINY, 'reference')(args, cotangent)
+  ours = [np.array(a) for a in jax.tree.leaves(ours)]
+  found = exact.errors(folder, ours)
+  assert list(found) == list(exact.OUTPUTS)
+  assert 1e-9 < max(found.values()) < 2e-6
+  ours[0] *= 1.5
+  ours[1][0, 0] = np.nan
+  found = exact.errors(folder, ours)
+  assert found['y'] == pytest.approx(0.5, rel=1e-4)
+  assert found['dx'] is None
+  assert exact.errors(folder.parent / 'none', ours) == {}
+
+
+# ------------------------------------------------------------------- workers
+
+
+def test_a_worker_answers_fails_and_dies():
+  made = functools.partial(
+    types.SimpleNamespace, size=abs, sleep=time.sleep, die=os.abort
+  )
+  worker, slow = Worker(made), Worker(made)
+  assert worker.ask('size', -2) == 2
+  with pytest.raises(WorkerError, match='TypeError: bad operand'):
+    worker.ask('size', 'text')
+  assert worker.ask('size', -3) == 3  # goes on after an error
+  with pytest.raises(WorkerError, match='exit code -6'):
+    worker.ask('die')
+  with pytest.raises(WorkerError):
+    worker.ask('size', 1)
+  slow.ask('size', 1)
+  with pytest.raises(WorkerError, match='no answer in 0 s'):
+    slow.ask('sleep', 60, timeout=0.2)
+  worker.close()
+  slow.close()
+
+
+def test_samples_are_taken_in_turns():
+  order, fails = [], iter([False, True])
+
+  def good():
+    order.append('good')
+    return len(order)
+
+  def bad():
+    order.append('bad')
+    if next(fails):
+      raise WorkerError('gone')
+    return 1.0
+
+  found = run.in_turns({1: bad, 2: good}, seconds=0)
+  assert order == ['bad', 'good', 'bad', 'good', 'good']
+  assert found == {1: ([], 'gone'), 2: ([2, 4, 5], None)}
+  assert len(run.in_turns({1: lambda: 1.0}, seconds=1e5)[1][0]) == 30
+
+
+# --------------------------------------------------------------------- tables
+
+
+def test_figures_of_a_shape():
+  shape = SHAPES['base_224']
+  forward = figures.bytes_moved('xla', shape, 'forward', 'bfloat16')
+  assert forward / 2**20 == pytest.approx(157, abs=0.5)  # as XLA counts it
+  # Tokens, inside chunks of 128, and the states; two FLOPs each.
+  products = 128 * (64 + 1536) + 2 * 64 * 1536
+  assert figures.flops('xla', shape, 'forward') == 2 * 128 * 198 * products
+  assert figures.attention_heads(shape) == 12
+  attention = figures.flops('attention, flash', shape, 'forward+backward')
+  assert attention == 3 * 4 * 128 * 198**2 * 768
+  row = {'program': 'xla', 'direction': 'forward', 'milliseconds': 1.0}
+  peaks = {'peak_flops': 989e12, 'peak_bandwidth': 4.8e12}
+  rates = figures.derived(row, shape, 'bfloat16', peaks)
+  assert rates['gb_per_second'] == pytest.approx(forward / 1e6)
+  assert rates['bandwidth_share'] == pytest.approx(forward / 4.8e9)
+  rates = figures.derived(row, shape, 'float32', peaks)
+  assert rates['flops_share'] is None
+  row['milliseconds'] = None
+  assert set(figures.derived(row, shape, 'float32', peaks).values()) == {None}
+  assert figures.repeats(0.05) == 200
+  assert figures.repeats(3.0) == 7
+  assert figures.repeats(500.0) == 1
+
+
+def test_the_page_says_how_much_faster():
+  rows = [
+    {
+      'shape': 'base_224',
+      'program': program,
+      'direction': direction,
+      'milliseconds': None if program == 'late' else ms * factor,
+      'error': 2e-3,
+      'reason': 'no answer in 9 s' if program == 'late' else None,
+      'mib': 99.0,
+    }
+    for program, ms in (('pallas_gpu', 0.1), ('mamba_ssm', 0.25), ('late', 1))
+    for direction, factor in (('forward', 1), ('forward+backward', 4))
+  ]
+  rows[2]['chunk_size'] = 128
+  peaks = {'peak_flops': 989e12, 'peak_bandwidth': 4.8e12}
+  shape = SHAPES['base_224']
+  for row in rows:
+    row |= figures.derived(row, shape, 'bfloat16', peaks)
+  results = peaks | {
+    'device': 'NVIDIA H200', 'platform': 'gpu', 'dtype': 'bfloat16',
+    'command': 'python kernels/bench.py --all', 'jax': '0.0', 'rows': rows,
+    'shapes': {'base_224': vars(shape), 'base_512': vars(SHAPES['base_512'])},
+  }  # fmt: skip
+  text = table.page(results)
+  assert '| pallas_gpu | 0.1 | 2.0e-03 | 99 | 1646 (34%) | 203 (21%) |' in text
+  assert '| mamba_ssm | 0.25 (Q 128) |' in text
+  assert (
+    'pallas_gpu is as fast as mamba_ssm 2.50 times forward, 2.50 times '
+    'forward+backward.'
+  ) in text
+  assert 'as fast as late' not in text
+  assert 'late, forward: no answer in 9 s.' in text
+  assert 'KiB a token: 4 forward, 4 forward+backward' in text
+  assert 'base_512' not in text
+
+
+# ------------------------------------------------------------- the whole of it
+
+
+class Local:
+  """A `Worker` without a process."""
+
+  def __init__(self, factory, *args):
+    self._make = functools.partial(factory, *args)
+
+  def ask(self, method, *args, timeout):
+    assert timeout >= 0
+    try:
+      return getattr(self._make(), method)(*args)
+    except Exception as error:
+      raise WorkerError(f'{type(error).__name__}: {error}') from error
+
+  def close(self):
+    pass
+
+
+class Kept(Local):
+  """One that keeps what it has made."""
+
+  def __init__(self, factory, *args):
+    self._make = functools.cache(functools.partial(factory, *args))
+
+
+def test_one_command(monkeypatch, tmp_path, capsys):
+  """Two shapes on a CPU, with an implementation that cannot."""
+
+  def cannot(*args, **options):
+    raise NotImplementedError('this device cannot')
+
+  written = []
+
+  def write(results, options, real=run.write):
+    real(results, options)
+    written.append(len(json.loads(out.read_text())['rows']))
+
+  out, page = tmp_path / 'bench.json', tmp_path / 'page.md'
+  page.write_text('# Page\n')
+  monkeypatch.setattr(run, 'Worker', Kept)
+  monkeypatch.setattr(run, 'write', write)
+  monkeypatch.setattr(run, 'ROUNDS', (2, 2))
+  monkeypatch.setitem(api.IMPLEMENTATIONS, 'pallas_cpu', cannot)
+  monkeypatch.setitem(SHAPES, 'tiny', TINY)
+  monkeypatch.setitem(SHAPES, 'one', Shape(1, 3, 2, 8, 4))
+  monkeypatch.setattr(
+    sys, 'argv',
+    ['bench.py', '--all', f'--out={out}', f'--docs={page}', '--seconds=1e5',
+     '--shapes', 'tiny', 'one', '--implementations', 'pallas_cpu', 'xla_scan'],
+  )  # fmt: skip
+  bench.main()
+  assert written == [4, 8]
+  results = json.loads(out.read_text())
+  assert results['dtype'] == 'float32'
+  for row in results['rows']:
+    if row['program'] == 'pallas_cpu':
+      assert row['reason'] == 'NotImplementedError: this device cannot'
+      assert row['milliseconds'] is None
+      continue
+    assert row['reason'] is None
+    assert row['samples'] == 2
+    assert row['milliseconds'] > 0
+    assert row['error'] == max(row['errors'].values()) < 1e-5
+    assert len(row['errors']) == (1 if row['direction'] == 'forward' else 7)
+    assert row['gb_per_second'] > 0
+    assert row['mib'] > 0
+  text = page.read_text()
+  assert text.startswith('# Page\n')
+  assert text.count('<!-- begin scan cpu -->') == 1
+  assert '**tiny**: batch 2, 19 tokens, 4 heads of 8, state 4' in text
+  assert 'pallas_cpu, forward: NotImplementedError: this device' in text
+  assert '| xla_scan |' in capsys.readouterr().out
+  names = run.programs(
+    'cpu', types.SimpleNamespace(implementations=None), TINY, 'float32', 8, ''
+  )
+  assert list(names) == ['pallas_cpu', 'reference', 'xla', 'xla_scan']
+
+
+def test_a_spent_budget_is_said(monkeypatch):
+  monkeypatch.setattr(run, 'Worker', Local)
+  monkeypatch.setitem(SHAPES, 'tiny', TINY)
+  rows = run.measure(
+    'tiny',
+    lambda folder: {'xla': (jax_programs.Scan, 'xla', folder, TINY, 'float32')},
+    ('float32', {'peak_flops': None, 'peak_bandwidth': None}),
+    time.monotonic() - 1,
+    None,
+  )
+  reasons = {row['reason'] for row in rows}
+  assert reasons == {'the budget of seconds is spent (--seconds)'}
+
+
+def test_wrong_arguments(monkeypatch, tmp_path, capsys):
+  for arguments, message in (
+    ([f'--mamba_ssm={tmp_path}'], 'has no mamba_ssm/ops/triton'),
+    ([f'--docs={tmp_path}/none/page.md'], 'there is no folder for'),
+  ):
+    monkeypatch.setattr(sys, 'argv', ['bench.py', '--all', *arguments])
+    with pytest.raises(SystemExit):
+      bench.main()
+    assert message in capsys.readouterr().err
+
+
+def test_which_programs_run_on_a_gpu():
+  options = types.SimpleNamespace(implementations=None, mamba_ssm='there')
+  found = run.programs('gpu', options, TINY, 'bfloat16', None, 'folder')
+  assert 'reference' not in found
+  assert 'pallas_tpu' not in found
+  ours = [n for n in api.IMPLEMENTATIONS if n.endswith('gpu')]
+  assert list(found)[: len(ours) + 1] == [*ours, 'xla']
+  assert list(found)[-4:] == [
+    'mamba_ssm',
+    'attention, cuDNN in JAX',
+    'attention, flash in torch',
+    'attention, cuDNN in torch',
+  ]
+
+
+def test_several_sets_in_one_program(monkeypatch):
+  monkeypatch.setattr(figures, 'SETS', 3)
+  scan = jax_programs.Scan('reference', None, TINY, 'bfloat16')
+  inputs, function = scan.inputs(), scan.function('forward')
+  *_, last = results = scan._many(function, inputs)()
+  assert len(results) == 3
+  moved = jax.tree.map(
+    lambda a: jnp.roll(a, 2, axis=1) if a.ndim > 1 else a, inputs
+  )
+  expected = jax.jit(function)(*moved)
+  np.testing.assert_array_equal(np.float32(last), np.float32(expected))
+
+
+# --------------------------------------------------------------------- peers
+
+SOURCE = """
+import time
+import torch
+from causal_conv1d_or_not import missing
+from mamba_ssm.utils.torch import custom_fwd
+from mamba_ssm.ops.triton.ssd_bmm import kernel
+
+@custom_fwd
+def mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D=None, *,
+                              dt_softplus):
+  assert not dt_softplus and D is not None
+  time.sleep(chunk_size**2 / 1e6)
+  repeats = x.shape[2] // B.shape[2]
+  B, C = (a.repeat_interleave(repeats, 2) for a in (B, C))
+  state, y = 0, []
+  for t in range(x.shape[1]):
+    decay = torch.exp(dt[:, t] * A)[..., None, None]
+    update = (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
+    state = decay * state + update
+    y.append((state * C[:, t, :, None]).sum(-1) + D[:, None] * x[:, t])
+  return torch.stack(y, 1)
+""".replace(
+  'from causal_conv1d_or_not import missing',
+  'try:\n  import causal_conv1d\nexcept ImportError:\n  causal_conv1d = None\n'
+  'assert causal_conv1d is None',
+)
+TUNED = """
+class Tuned:
+  def __init__(self):
+    self.configs, self.keys = list(range(9)), ['chunk_size']
+
+kernel = Tuned()
+"""
+
+
+def forget_mamba():
+  for name in [n for n in sys.modules if n.startswith('mamba_ssm')]:
+    del sys.modules[name]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+  """A folder like that of mamba_ssm, and a triton that times nothing."""
+  root = tmp_path / 'mamba_ssm-2.2.5/mamba_ssm'
+  (root / 'ops/triton').mkdir(parents=True)
+  (root / 'utils').mkdir()
+  fails = "raise ImportError('a compiled extension')\n"
+  (root / '__init__.py').write_text(f'__version__ = "2.2.5"\n{fails}')
+  for name in ('ops', 'ops/triton', 'utils'):
+    (root / name / '__init__.py').write_text(fails)
+  (root / 'utils/torch.py').write_text('custom_fwd = lambda f: f\n')
+  (root / 'ops/triton/ssd_bmm.py').write_text(TUNED)
+  (root / 'ops/triton/ssd_combined.py').write_text(SOURCE)
+  triton = types.ModuleType('triton')
+  triton.testing = types.SimpleNamespace(do_bench=lambda kernel, **_: kernel())
+  monkeypatch.setitem(sys.modules, 'triton', triton)
+  yield root.parent
+  forget_mamba()
+  sys.modules.pop('causal_conv1d', None)
+
+
+class Cuda:
+  """torch.cuda of a machine without one; graphs only where they are wanted."""
+
+  def __init__(self, captures):
+    self.captures, self.captured = captures, 0
+
+  def synchronize(self):
+    pass
+
+  reset_peak_memory_stats = synchronize
+
+  def memory_allocated(self):
+    return 2**20
+
+  def max_memory_allocated(self):
+    return 3 * 2**20
+
+  def current_stream(self):
+    return types.SimpleNamespace(wait_stream=lambda other: None)
+
+  def Stream(self):  # noqa: N802
+    if not self.captures:
+      raise RuntimeError('operation not permitted when stream is capturing')
+    return self.current_stream()
+
+  def stream(self, stream):
+    return self
+
+  graph = stream
+
+  def __enter__(self):
+    pass
+
+  def __exit__(self, *error):
+    self.captured += 1
+
+  def CUDAGraph(self):  # noqa: N802
+    return types.SimpleNamespace(replay=lambda: time.sleep(1e-3))
+
+
+@pytest.fixture(params=[True, False])
+def cuda(request, monkeypatch):
+  torch = pytest.importorskip('torch')
+  found = Cuda(request.param)
+  monkeypatch.setattr(torch, 'cuda', found)
+  monkeypatch.setattr(torch_programs.TorchProgram, 'device', 'cpu')
+  return found
+
+
+def test_mamba_runs_without_its_package(package, folder, cuda):
+  scan = torch_programs.MambaScan(package, folder, TINY, 'float32')
+  row = scan.prepare('forward+backward', seconds=1e5)
+  assert max(row['errors'].values()) < 1e-5
+  assert list(row['errors']) == list(exact.OUTPUTS)
+  assert row['mib'] == 2
+  assert set(row['tried_chunk_sizes']) == set(mamba.CHUNKS)
+  assert ('note' in row) != cuda.captures
+  tried = row['tried_chunk_sizes']
+  assert tried[row['chunk_size']] == min(tried.values())
+  assert cuda.captures or row['chunk_size'] != 256  # much the slowest here
+  assert scan.sample('forward+backward') > 0
+  row = scan.prepare('forward', seconds=-1)  # no time but for the first
+  assert row['chunk_size'] == 256
+  assert list(row['errors']) == ['y']
+
+
+def test_mamba_is_compiled_in_shares(package):
+  pytest.importorskip('torch')
+  shares = []
+  for part in range(12):
+    mamba.Compiler(package, part, 12)
+    (kernel,) = mamba.tuners()
+    assert kernel.configs
+    shares += kernel.configs
+    forget_mamba()
+  assert set(shares) == set(range(9))
+
+
+def test_folders_that_are_not_mamba(package, tmp_path):
+  assert mamba.find(package)[1] == '2.2.5'
+  assert mamba.find(package / 'mamba_ssm')[1] == '2.2.5'
+  with pytest.raises(ValueError, match='tar xf'):
+    mamba.find(tmp_path)
+  with pytest.raises(ValueError, match='no folder of it was given'):
+    mamba.find(None)
+  (package / 'mamba_ssm/__init__.py').write_text("__version__ = '2.2.4.post1'")
+  with pytest.raises(ValueError, match=r'is version 2\.2\.4'):
+    mamba.find(package)
+
+
+def test_attention_in_torch_is_that_of_jax(cuda):
+  shape = Shape(batch=2, length=5, heads=4, head_dim=64)
+  program = torch_programs.Attention('MATH', shape, 'float32')
+  row = program.prepare('forward+backward', seconds=1)
+  assert 'errors' not in row
+  assert program.sample('forward+backward') > 0
+  y, *gradients = program.function('forward+backward')(*program.sets()[0])
+  *qkv, cotangent = (jnp.asarray(a) for a in figures.draw_attention(shape))
+  expected, pullback = jax.vjp(jax.nn.dot_product_attention, *qkv)
+  for a, b in zip(
+    (y, *gradients), (expected, *pullback(cotangent)), strict=True
+  ):
+    np.testing.assert_allclose(a.detach().numpy(), b, atol=1e-5)
+  assert math.isclose(row['mib'], 2)
