@@ -24,8 +24,6 @@ import functools
 import json
 import os
 import pathlib
-import shlex
-import sys
 import tempfile
 import time
 
@@ -108,7 +106,12 @@ def compare(options):
   """The comparison with peers; see kernels/compare."""
   from linearizer_jax.kernels.compare import run, table
 
-  command = shlex.join(['python', 'kernels/bench.py', *sys.argv[1:]])
+  command = 'python kernels/bench.py --all'
+  for name in ('shapes', 'implementations', 'dtype', 'max_gib', 'mamba_ssm'):
+    if value := getattr(options, name):
+      several = value if isinstance(value, list) else [str(value)]
+      several = ['DIR'] if name == 'mamba_ssm' else several
+      command += f' --{name} {" ".join(several)}'
   print('\n' + table.shapes(run.run(options, command)))
 
 
@@ -133,7 +136,7 @@ def parse_arguments():
     '--seconds',
     type=float,
     help='per shape and direction (default 10), with --all for everything '
-    '(default 420)',
+    '(default 430)',
   )
   parser.add_argument(
     '--max_gib',
@@ -187,7 +190,7 @@ def _for_all(parser, options):
   """Options of --all; what would fail after minutes is an error now."""
   from linearizer_jax.kernels.compare import mamba
 
-  options.seconds = options.seconds or 420
+  options.seconds = options.seconds or 430
   options.out, options.docs = options.out or 'bench.json', options.docs or DOCS
   for path in (options.out, options.docs):
     if not pathlib.Path(path).resolve().parent.is_dir():

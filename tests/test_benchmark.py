@@ -12,12 +12,13 @@ import pytest
 from linearizer_jax import models
 from linearizer_jax.benchmark import (
   __main__,
+  distill,
   flops,
   programs,
   run,
   summary,
 )
-from linearizer_jax.kernels import sections
+from linearizer_jax.kernels import bench, sections
 
 STUDENT, TEACHER = 'adventurer_base_patch16', 'vit_base_patch16'
 SMALL = {
@@ -307,3 +308,67 @@ def test_wrong_arguments(capsys):
   assert "'0x224'" in __main__.main(['--sizes=0x224'])
   assert 'takes no --dtype' in __main__.main(['--torch', '--dtype=bfloat16'])
   assert 'no such file' in __main__.main(['--table=/none.json']).lower()
+
+
+def test_the_step_of_a_distillation(tmp_path, monkeypatch, capsys):
+  """The real step at a smoke size; a scan that cannot is a row."""
+  load = distill.load_config
+
+  def load_small(path):
+    config = load(path)
+    config.student.depth = config.teacher.depth = 1
+    config.distill.num_stages = 1
+    return config
+
+  monkeypatch.setattr(distill, 'load_config', load_small)
+  monkeypatch.setattr(distill.chips, 'peak_flops', lambda device: 1e12)
+  out, page = tmp_path / 'distill.json', tmp_path / 'page.md'
+  command = [
+    '--distill=configs/distill_base.py:smoke', '--batch=2', '--seconds=1e5',
+    '--implementations=xla_scan,pallas_tpu', f'--out={out}',
+  ]  # fmt: skip
+  monkeypatch.setattr(bench, 'ROUNDS', (2, 2))
+  jax.config.update('jax_disable_most_optimizations', True)  # compiles sooner
+  try:
+    assert not __main__.main(command)
+  finally:
+    jax.config.update('jax_disable_most_optimizations', False)
+  results = json.loads(out.read_text())
+  timed, failed = results['rows']
+  assert timed['reason'] is None
+  assert timed['images_per_second'] == pytest.approx(
+    2e3 / timed['milliseconds']
+  )
+  assert timed['flops_utilization'] == pytest.approx(
+    timed['gflop_per_image'] * timed['images_per_second'] / 1e3
+  )
+  # XLA counts what this file counts, and the rest besides.
+  assert 0.6 < timed['xla_gflop_per_image'] / timed['gflop_per_image'] < 2
+  assert 'Error' in failed['reason']
+  assert failed['images_per_second'] is None
+  assert not __main__.main([f'--table={out}', f'--docs={page}'])
+  text = page.read_text()
+  assert '<!-- begin distillation jax cpu -->' in text
+  assert '## Distillation step, jax on CPU' in text
+  assert f'- pallas_tpu: {failed["reason"]}.' in text
+
+
+def test_distillations_that_are_none():
+  assert 'there is no file' in __main__.main(['--distill=none.py'])
+  assert "expected 'distill'" in __main__.main(
+    ['--distill=configs/finetune_imagenet.py:smoke']
+  )
+  assert 'takes no --sizes' in __main__.main(
+    ['--distill=configs/distill_base.py', '--sizes=32']
+  )
+
+
+def test_the_products_of_a_distillation():
+  config = distill.load_config('configs/distill_base.py')
+  config.batch_size, config.student.ssd_implementation = 256, 'xla'
+  row = distill.Case(config, jax.devices()[0]).row()
+  student = models.create_model(STUDENT)
+  teacher = models.create_model('clip_base_patch16')
+  expected = 3 * flops.forward(student, (224, 224))
+  expected += flops.forward(teacher, (224, 224))
+  assert row['gflop_per_image'] == pytest.approx(expected / 1e9, rel=0.01)

@@ -1,6 +1,7 @@
 """The Triton kernels of mamba_ssm, from its Python files alone."""
 
 import importlib
+import os
 import pathlib
 import re
 import sys
@@ -82,6 +83,7 @@ class Compiler:
     import torch
     import triton
 
+    os.nice(10)  # others compile as well, and are waited for
     self.torch, self.scan = torch, load(folder).mamba_chunk_scan_combined
     for tuner in tuners():
       known = tuner.configs

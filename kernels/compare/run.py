@@ -25,9 +25,10 @@ from linearizer_jax.kernels.ssd import api
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
 ROUNDS = (3, 30)  # fewest and most
-PREPARING = 0.75  # share of a shape's time after which nothing is compiled
+PREPARING = 0.85  # share of a shape's time after which nothing is compiled
 SAMPLING = 40  # most seconds a shape is sampled
-PATIENCE = 30  # seconds for an answer once its time is over
+PATIENCE = 45  # fewest seconds that an answer is waited for
+COMPILING = 60  # seconds that the first shape has more, for Triton's compiler
 DEFAULT_SHAPES = {'cpu': ('cpu_198', 'cpu_786')}
 ACCELERATOR_SHAPES = ('base_224', 'base_512', 'base_2048')
 
@@ -62,14 +63,17 @@ def run(options, command):
     'shapes': {name: vars(SHAPES[name]) for name in names},
     'rows': [],
   }
-  before_triton = lambda timeout: None  # noqa: E731
   if platform == 'gpu':
     results |= versions('torch', 'triton')
+  before_triton, more = lambda timeout: None, 0
   if options.mamba_ssm and platform == 'gpu':
     results['mamba_ssm'] = mamba.find(options.mamba_ssm)[1]
     before_triton = start_compilers(options.mamba_ssm, names, dtype)
+    more = min(COMPILING, options.seconds / 4)
+  hung = set()
   for i, name in enumerate(names):
-    share = (end - time.monotonic()) / (len(names) - i)
+    share = more + (end - time.monotonic() - more) / (len(names) - i)
+    more = 0
     results['rows'] += measure(
       name,
       functools.partial(
@@ -78,6 +82,7 @@ def run(options, command):
       (dtype, results),
       time.monotonic() + share,
       before_triton,
+      hung,
     )
     write(results, options)
   return results
@@ -110,12 +115,14 @@ def programs(platform, options, shape, dtype, max_gib, folder):
   if platform == 'gpu':
     source = options.mamba_ssm
     torch_attention = functools.partial(_attention_in_torch, what)
-    found |= {
+    peers = {
       'mamba_ssm': (torch_programs.MambaScan, source, folder, *what),
       f'{figures.ATTENTION}, cuDNN in JAX': (jax_programs.Attention, *what),
       f'{figures.ATTENTION}, flash in torch': torch_attention('FLASH'),
       f'{figures.ATTENTION}, cuDNN in torch': torch_attention('CUDNN'),
     }
+    later = {n: found.pop(n) for n in ('xla_scan',) if n in found}
+    found |= peers | later
   return found
 
 
@@ -146,7 +153,7 @@ def start_compilers(folder, names, dtype):
   return wait
 
 
-def measure(name, make_programs, known, end, before_triton):
+def measure(name, make_programs, known, end, before_triton, hung):
   """Rows of one shape: prepared one after another, then sampled in turns.
 
   Args:
@@ -155,6 +162,8 @@ def measure(name, make_programs, known, end, before_triton):
     known: (dtype, device's peaks).
     end: of time.monotonic().
     before_triton: called with seconds before mamba_ssm is tuned.
+    hung: kernels of ours that gave no answer at an earlier shape, which are not
+      waited for again; those of this shape are added.
 
   Returns:
     A row for each program and direction: 'shape', 'program', 'direction',
@@ -170,7 +179,7 @@ def measure(name, make_programs, known, end, before_triton):
 
     reference = start(exact.Exact, shape, dtype)
     workers = {
-      program: start(*arguments)
+      program: None if program in hung else start(*arguments)
       for program, arguments in make_programs(folder).items()
     }
     try:
@@ -186,6 +195,8 @@ def measure(name, make_programs, known, end, before_triton):
       for direction in figures.DIRECTIONS:
         row = {'shape': name, 'program': program, 'direction': direction}
         rows.append(row | prepare(worker, direction, prepare_end))
+        if is_hung(rows[-1]):
+          hung.add(program)
     sample(rows, workers, min(end - time.monotonic(), SAMPLING))
   for row in rows:
     row |= figures.derived(row, shape, dtype, peaks)
@@ -196,11 +207,15 @@ def measure(name, make_programs, known, end, before_triton):
 def prepare(worker, direction, end):
   """The part of a row that is known before it is sampled."""
   row = {'milliseconds': None, 'error': None, 'reason': None}
+  if worker is None:
+    return row | {'reason': 'not started: it hung at a shape before'}
   left = end - time.monotonic()
   if left <= 0:
     return row | {'reason': 'the budget of seconds is spent (--seconds)'}
   try:
-    row |= worker.ask('prepare', direction, left / 2, timeout=left + PATIENCE)
+    # One that hangs leaves time to the others.
+    patience = max(left / 2, PATIENCE)
+    row |= worker.ask('prepare', direction, left / 3, timeout=patience)
   except WorkerError as error:
     return row | {'reason': str(error)}
   errors = row.get('errors', {})
@@ -209,6 +224,12 @@ def prepare(worker, direction, end):
   elif errors:
     row['error'] = max(errors.values())
   return row
+
+
+def is_hung(row):
+  """Whether a kernel of ours gave no answer; peers may have been slow."""
+  ours = row['program'].startswith('pallas')
+  return ours and (row['reason'] or '').startswith('no answer')
 
 
 def sample(rows, workers, seconds):

@@ -5,6 +5,7 @@ import time
 
 from linearizer_jax.kernels import bench
 from linearizer_jax.kernels.compare import exact, figures, mamba
+from linearizer_jax.kernels.compare.worker import first_line
 
 # Milliseconds that Triton tunes a configuration with; its own are 25 and 100.
 TUNING = {'warmup': 3, 'rep': 15}
@@ -166,16 +167,21 @@ class MambaScan(TorchProgram):
 
   def choose(self, direction, seconds):
     """The fastest chunk size of those that there is time to tune."""
-    end, tried = time.monotonic() + seconds, {}
+    end, tried, failed = time.monotonic() + seconds, {}, {}
     for chunk in mamba.CHUNKS:
       if tried and time.monotonic() > end:
         break
       function = self.function(direction, chunk=chunk)
-      function(*self.sets()[0])  # tunes
-      call, calls = self._many(function)
-      tried[chunk] = self._settled(call) / calls
+      try:
+        function(*self.sets()[0])  # tunes
+        call, calls = self._many(function)
+        tried[chunk] = self._settled(call) / calls
+      except Exception as error:  # the others may work
+        failed[chunk] = first_line(error)
+    if not tried:
+      raise RuntimeError(f'at no chunk size: {failed}')
     best = min(tried, key=tried.get)
-    row = {'chunk_size': best, 'tried_chunk_sizes': tried}
+    row = {'chunk_size': best, 'tried_chunk_sizes': tried | failed}
     return row, self.function(direction, chunk=best)
 
 

@@ -12,7 +12,7 @@ class Worker:
   """`factory(*args)` in a new process, whose methods are called from here.
 
   Starting does not wait: several workers import and initialise side by side.
-  The first question waits.
+  What the factory raises is the answer to every question.
 
   Args:
     factory: a class or function that the new process can import.
@@ -69,17 +69,21 @@ class Worker:
 
 def serve(pipe, factory, args):
   """Main function of the process: answers until nobody asks any more."""
-  made = None
+  try:
+    made, failure = factory(*args), None
+  except Exception as error:  # the answer to every question
+    made, failure = None, first_line(error)
   while True:
     try:
       method, arguments = pipe.recv()
     except EOFError:
       return
-    try:
-      made = made or factory(*args)
-      answer = True, getattr(made, method)(*arguments)
-    except Exception as error:  # whatever it is becomes a line of the table
-      answer = False, first_line(error)
+    answer = False, failure
+    if failure is None:
+      try:
+        answer = True, getattr(made, method)(*arguments)
+      except Exception as error:  # whatever it is becomes a line of the table
+        answer = False, first_line(error)
     pipe.send(answer)
 
 
