@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from .. import placement
-from . import pallas_tpu, reference, xla
+from . import pallas_gpu, pallas_tpu, reference, xla
 
 
 def _without_options(function):
@@ -38,9 +38,11 @@ IMPLEMENTATIONS = {
   'xla': _without_options(xla.ssd_xla),
   'xla_scan': _without_options(xla.ssd_xla_scan),
   'pallas_tpu': pallas_tpu.ssd_pallas_tpu,
+  'pallas_gpu': pallas_gpu.ssd_pallas_gpu,
 }
 
-# Platform of the devices -> what `implementation=None` means there.
+# Platform of the devices -> what `implementation=None` means there. On a GPU
+# that is XLA for as long as 'pallas_gpu' has not been measured on one.
 DEFAULT_IMPLEMENTATION = {'cpu': 'xla_scan', 'gpu': 'xla', 'tpu': 'pallas_tpu'}
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
@@ -93,7 +95,8 @@ def ssd(
   Numerics: dt, decay, cumulative sums, states and all sums of products are
   float32; decay is the exponential of clamped differences of cumulative sums,
   masked first. Products take operands in x's dtype, float32 ones at
-  Precision.HIGHEST. Forward and reverse mode; 'pallas_tpu' reverse alone.
+  Precision.HIGHEST. Forward and reverse mode; 'pallas_tpu' and
+  'pallas_gpu' reverse alone.
 
   Raises:
     ValueError: for a shape, dtype, name or mesh axis that does not fit.
@@ -174,9 +177,10 @@ def _choose(x, B, mesh, batch_axes):
   platform = placement.platform(x, mesh)
   implementation = DEFAULT_IMPLEMENTATION.get(platform, 'xla')
   reason = ''
-  if implementation == 'pallas_tpu':
+  kernels = {'pallas_tpu': pallas_tpu, 'pallas_gpu': pallas_gpu}
+  if implementation in kernels:
     try:
-      pallas_tpu.choose_blocks(x, B)
+      kernels[implementation].choose_blocks(x, B)
     except NotImplementedError as error:
       implementation, reason = 'xla', f' ({error})'
     shards = placement.shards(mesh, batch_axes)
