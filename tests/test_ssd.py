@@ -14,8 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from linearizer_jax.kernels.ssd import api, ssd
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
-# The TPU kernel is put to the same figures in test_ssd_tpu.py.
-ALL = tuple(name for name in api.IMPLEMENTATIONS if name != 'pallas_tpu')
+# Kernels are put to the same figures in test_ssd_tpu.py and test_ssd_gpu.py.
+ALL = tuple(name for name in api.IMPLEMENTATIONS if 'pallas' not in name)
 CHUNKED = tuple(name for name in ALL if name != 'reference')
 
 # Relative L2 per head, without a factor for the length, which would hide a
