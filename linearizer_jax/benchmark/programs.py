@@ -16,6 +16,7 @@ import optax
 from linearizer_jax import models, steps
 from linearizer_jax.benchmark import flops
 from linearizer_jax.kernels import bench
+from linearizer_jax.kernels.compare.worker import first_line
 from linearizer_jax.models.teachers import IMAGENET
 from linearizer_jax.tasks import classify
 
@@ -197,12 +198,6 @@ def measure(programs, seconds, deadline, limit_gib):
     row['milliseconds'] = median
     row['images_per_second'] = 1e3 * row['batch'] / median
   return rows
-
-
-def first_line(error):
-  """An error as a reason: its kind and the first line of what it says."""
-  text = str(error).strip().splitlines() or ['']
-  return f'{type(error).__name__}: {text[0][:160]}'
 
 
 def _device_peak(device):

@@ -9,6 +9,7 @@ import jax
 
 from linearizer_jax import models
 from linearizer_jax.benchmark import programs
+from linearizer_jax.kernels.compare.worker import first_line
 from linearizer_jax.models import vit
 
 _log = logging.getLogger('linearizer_jax')
@@ -71,8 +72,9 @@ def run(names, sizes, *, device, dtype, seconds, tokens=None, max_gib=None):
     made = compile_all(cases, device, time.monotonic() + COMPILING * slot)
     for j, size in enumerate(sizes):
       group = {case: made[case] for case in cases if case.size == size}
-      left = max(deadline - time.monotonic(), 0)
-      each = left / (len(sizes) - j) / 2  # half for warming up
+      # By the side: with equal shares the largest, slowest would have no time.
+      share = sum(size) / sum(map(sum, sizes[j:]))
+      each = share * max(deadline - time.monotonic(), 0) / 2  # half to warm up
       for row in programs.measure(group, each, deadline, limit):
         rows.append(row)
         _log.info('%s', describe(row))
@@ -109,7 +111,7 @@ def compile_all(cases, device, deadline, refusals=programs.REFUSALS):
     try:
       return programs.Program(case, device)
     except refusals as error:
-      return programs.first_line(error)
+      return first_line(error)
 
   workers = max(1, (os.cpu_count() or 2) // 2)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
