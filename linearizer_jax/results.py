@@ -107,7 +107,8 @@ def collect(workdir):
       owner.setdefault(row, name)
   found = [{'scale': report['scale'], 'setup': report['setup']}]
   for name, rows in report['tables']:
-    if any(owner[row] == name for row in rows if row in lines):
+    own = [row for row in lines if owner.get(row) == name]
+    if not all(map(TEACHER.fullmatch, own)):
       place = {'table': name, 'scale': report['scale']}
       for row in rows:
         found += [place | line for line in lines.get(row, ())]

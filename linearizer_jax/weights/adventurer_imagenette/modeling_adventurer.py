@@ -317,20 +317,20 @@ class Mamba2(nn.Module):
   def forward(self, u):
     inner, channels, heads = self.split
     state = (channels - inner) // 2
-    z, xbc, dt = self.in_proj(u).split(self.split, -1)
-    xbc = F.silu(self.convolve(xbc), inplace=True)
+    gate, rest, step = self.in_proj.weight.split(self.split)
+    xbc = F.silu(self.convolve(F.linear(u, rest)), inplace=True)
     x, b, c = xbc.split((inner, state, state), -1)
     y = ssd(
       x.unflatten(-1, (heads, self.head_dim)),
-      F.softplus(dt.float() + self.dt_bias.float()),
+      F.softplus(F.linear(u, step).float() + self.dt_bias.float()),
       -self.A_log.float().exp(),
       b.unflatten(-1, (self.num_groups, -1)),
       c.unflatten(-1, (self.num_groups, -1)),
       self.D.float(),
     )
-    # z comes first: the product is laid out like it, y need not be.
-    y = F.silu(z.float()).unflatten(-1, (heads, -1)).mul_(y.float())
-    return self.out_proj(self.norm(y.flatten(2)).to(u.dtype))
+    # Made last: fresh memory is slow on a CPU, so little is kept.
+    z = F.silu(F.linear(u, gate).float(), inplace=True)
+    return self.out_proj(self.norm(z.mul_(y.flatten(2).float())).to(u.dtype))
 
   def convolve(self, x):
     """The causal depthwise convolution of (B, L, channels), left where it is.
@@ -363,7 +363,7 @@ def ssd(x, dt, a, b, c, d):
   if mamba_chunk_scan_combined is not None and x.is_cuda:
     parts = (part.contiguous() for part in (x, dt, a, b, c))
     return mamba_chunk_scan_combined(*parts, chunk_size=256, D=d)
-  batch, length, heads, dim = x.shape
+  (batch, length, heads, dim), dtype = x.shape, x.dtype
   groups, state_dim = b.shape[2:]
   each = heads // groups
   count = math.ceil(length / CHUNK)
@@ -377,45 +377,50 @@ def ssd(x, dt, a, b, c, d):
     return part.movedim((1, 2), (3, 4))
 
   dt = chunks(dt, groups, each)  # (B, G, R, K, Q), H = G R
-  x = chunks(x, groups, each, dim).contiguous()  # (B, G, R, K, Q, P)
-  b = chunks(b, groups, 1, state_dim)  # (B, G, 1, K, Q, N)
-  c = chunks(c, groups, 1, state_dim)
+  x = chunks(x, groups, each, dim).float().contiguous()  # (B, G, R, K, Q, P)
+  b = chunks(b, groups, 1, state_dim).float()  # (B, G, 1, K, Q, N)
+  c = chunks(c, groups, 1, state_dim).float()
   # Powers of 2: on a CPU exp takes up to 30 times as long as exp2.
   rate = (a * math.log2(math.e)).reshape(groups, each, 1, 1)
   decay = (dt * rate).cumsum(-1)  # (B, G, R, K, Q)
   source = decay - dt.clamp_min(TINY).log2()  # its token counts dt times
 
-  # 1. What tokens of a chunk give each other. Decays are of differences, never
-  # quotients; what lies ahead is masked before the exponential. D x is on the
-  # diagonal.
-  between = decay[..., :, None] - source[..., None, :]  # (B, G, R, K, Q, Q)
-  between = between.add_(ahead(between, 1)).exp2_()
-  skip = torch.eye(size, device=x.device) * d.reshape(groups, each, 1, 1, 1)
-  pairs = torch.addcmul(skip, (c @ b.mT).float(), between)
-  y = (pairs.to(x.dtype) @ x).float()
-  if count > 1:
-    # 2. The state that each chunk adds by its end.
-    x = x.float()
-    ending = (decay[..., -1:] - source).exp2()
-    added = (b.float() * ending[..., None]).mT @ x  # (B, G, R, K, N, P)
-    # 3. The state before each chunk, as a product: an exporter would unroll a
-    # loop. Only what lies between two chunks is summed for their decay.
-    ends = F.pad(decay[..., :-1, -1], (1, 0))  # of the chunk before
-    ends = ends[..., None].expand(*ends.shape, count)  # (B, G, R, K, K)
-    carry = ends.tril(-2).cumsum(-2).add_(ahead(ends, 0)).exp2_()
-    states = (carry @ added.flatten(-2)).unflatten(-1, (state_dim, dim))
-    # 4. What the chunk receives from before it.
-    received = c.float() * decay.exp2()[..., None]
-    y += received @ states
+  y = x * d.reshape(groups, each, 1, 1, 1)
+  # 1. What the tokens of a chunk give each other. Decays are of differences,
+  # never quotients; what lies ahead is masked before the exponential.
+  pairs = decay[..., :, None] - source[..., None, :]  # (B, G, R, K, Q, Q)
+  pairs = (c @ b.mT) * pairs.add_(ahead(pairs, 1)).exp2_()
+  add_product(y, pairs, x)
+  del pairs
+  if count > 1:  # 4. What a chunk receives from before it.
+    states = states_before(x, b, decay, source)
+    add_product(y, c * decay.exp2()[..., None], states)
   y = y.permute(0, 3, 4, 1, 2, 5)  # (B, K, Q, G, R, P)
-  return y.flatten(3, 4).flatten(1, 2)[:, :length].to(x.dtype)
+  return y.flatten(3, 4).flatten(1, 2)[:, :length].to(dtype)
 
 
-def ahead(matrices, diagonal):
+def add_product(y, left, right):
+  """y += left @ right, matrices in the last two axes of contiguous arrays."""
+  left, right = left.flatten(0, -3).float(), right.flatten(0, -3).float()
+  y.flatten(0, -3).baddbmm_(left, right)
+
+
+def states_before(x, b, decay, source):  # (B, G, R, K, N, P)
+  # 2. The state that each chunk adds by its end.
+  ending = (decay[..., -1:] - source).exp2()
+  added = (b * ending[..., None]).mT @ x
+  # 3. Its sum over the chunks before, as a product: an exporter would unroll a
+  # loop. Only what lies between two chunks is summed for their decay.
+  ends = F.pad(decay[..., :-1, -1], (1, 0))  # of the chunk before
+  ends = ends[..., None].expand(*ends.shape, x.shape[3])  # (B, G, R, K, K)
+  carry = ends.tril(-2).cumsum(-2).add_(ahead(ends, 0)).exp2_()
+  return (carry @ added.flatten(-2)).unflatten(-1, added.shape[-2:])
+
+
+def ahead(x, diagonal):
   """-inf on and above a diagonal of (..., Q, Q), 0 below it: (Q, Q)."""
-  size = matrices.shape[-1]
-  mask = torch.full((size, size), -math.inf, device=matrices.device)
-  return mask.triu(diagonal)
+  size = x.shape[-1]
+  return torch.full((size, size), -math.inf, device=x.device).triu(diagonal)
 
 
 class SwiGLU(nn.Module):
@@ -428,7 +433,7 @@ class SwiGLU(nn.Module):
     self.w3 = nn.Linear(hidden, width)
 
   def forward(self, x):
-    return self.w3(F.silu(self.w1(x)).mul_(self.w2(x)))
+    return self.w3(F.silu(self.w1(x), inplace=True).mul_(self.w2(x)))
 
 
 class RMSNorm(nn.Module):
@@ -440,5 +445,6 @@ class RMSNorm(nn.Module):
 
   def forward(self, x):
     y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + EPSILON)
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    y = y * torch.rsqrt(norm.square() / y.shape[-1] + EPSILON)
     return y.mul_(self.weight.float()).to(self.weight.dtype)
