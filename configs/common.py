@@ -140,6 +140,8 @@ def base():
   # name of the scale and a sentence about it.
   config.report.tables = ()
   config.report.scale = config.report.setup = ''
+  # Of single tables: the metric, where it is not accuracy, and a sentence.
+  config.report.metrics, config.report.notes = {}, {}
   return config.lock()
 
 
@@ -264,11 +266,15 @@ def smoke(config):
     section.width, section.depth, section.patch_size = 64, 2, patch
     section.image_size = 4 * patch
   config.distill.num_stages = 2
-  if config.data.dense:
-    config.data.num_classes = 3
-    config.data.short_side = config.data.eval_window = 0
-    config.data.eval_stride = 0
-    config.segment.channels = config.segment.auxiliary_channels = 16
+  dense = [
+    section
+    for section in (config, *config.per_stage.values())
+    if section.get('data', {}).get('dense')
+  ]
+  for section in dense:
+    section.data.update(num_classes=3, image_size=(4 * patch, 4 * patch))
+    section.data.update(short_side=0, eval_window=0, eval_stride=0)
+    section.segment.update(channels=16, auxiliary_channels=16)
     for role in ('student', 'teacher'):
       config[role].depth = 4  # UperNet reads four blocks
   config.student.head_dim = config.student.state_dim = 16
@@ -278,7 +284,10 @@ def smoke(config):
   if not config.init.startswith('stage:'):
     config.init = ''
   for changes in config.per_stage.values():
-    for field in ('steps', 'epochs', 'batch_size', 'schedule', 'log'):
+    for field in (
+      *('steps', 'epochs', 'batch_size', 'eval_batch_size'),
+      *('schedule', 'log'),
+    ):
       if field in changes:
         del changes[field]
     if 'labels_per_class' in changes.get('data', {}):

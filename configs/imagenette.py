@@ -19,6 +19,13 @@ was stopped. `rows=none+both` picks rows, `seeds=1` the first seeds, `length=4`
 makes the students' trainings four times as long, in `scale=cpu` as long as
 their teacher's; it needs a work directory of its own.
 
+`table=segmentation,segment_data=CAMVID` trains UperNet on CamVid from the
+fine-tuned students and, `random`, from nothing, with the same updates, and
+scores the test split. CAMVID holds train/ and test/, each with images/ and
+labels/ (docs/own_data.md): 367 and 233 frames of 480 x 360, ids 0 to 10, void
+11. `table=resolution` has the student see images of twice the side, four times
+the tokens, matched in linear time.
+
 Scales: `scale=cpu` (default) takes four minutes a row and seed on one core, so
 that the table `losses` is a matter of 100 minutes; `scale=gpu` is made for one
 H200 and 20 minutes, and was not run by us.
@@ -79,9 +86,40 @@ TABLES = {
     for name, width in (('narrow', NARROW), ('wide', WIDE))
     for row in ('none', 'both')
   },
+  'resolution': {
+    'teacher_double': dict(side=2),  # as it is, with positions resized
+    'none_double': dict(side=2),
+    'both_double': dict(side=2, distill=dict(form='linear')),
+  },
+  'segmentation': {
+    'random': {},
+    'none': {},
+    'both': {},
+    'features_class': dict(distill=common.LOSSES['features']),
+  },
 }
+NO_FEW_LABELS = ('resolution', 'segmentation')  # tables without these stages
 TRAIN_IMAGES, CLASSES = 9469, 10
 FEW_LABELS = TRAIN_IMAGES // CLASSES // 10  # of a class
+SEGMENT_IMAGES = 367
+SEGMENT = dict(
+  task='segment',
+  batch_size=8,
+  eval_batch_size=4,
+  segment=dict(channels=64, auxiliary_channels=64),
+  optimizer=dict(learning_rate=1e-3, weight_decay=0.01, b2=0.999),
+)
+SEGMENT_DATA = dict(
+  dense=True,
+  eval_split='test',
+  num_classes=11,
+  ignore_labels=(11, 255),
+  image_size=(96, 128),
+  short_side=120,
+  scale_range=(0.8, 2.0),
+  color_jitter=0.2,
+  eval_crop=1.0,
+)
 SCALES = {
   'cpu': dict(
     image_size=32,
@@ -97,6 +135,7 @@ SCALES = {
     distill_steps=1000,
     finetune_steps=500,
     few_steps=200,
+    segment_steps=600,
     learning_rate=1.5e-3,
     finetune_rate=1e-3,
     classify=dict(label_smoothing=0.1),
@@ -116,6 +155,7 @@ SCALES = {
     distill_steps=450,
     finetune_steps=250,
     few_steps=60,
+    segment_steps=1200,
     learning_rate=1e-3,
     finetune_rate=5e-4,
     classify=dict(label_smoothing=0.1, mixup=0.2, cutmix=1.0),
@@ -136,6 +176,7 @@ def get_config(argument=None):
     seeds=3,
     rows='',
     length=1.0,
+    segment_data='',
   )
   config = common.base()
   config.data.name = 'folder'
@@ -196,6 +237,13 @@ def _table(config, options):
         f'{field}={options[field]} after the colon of --config; expected one '
         f'of {", ".join(known)}.'
       )
+  segmentation = options.table == 'segmentation'
+  if segmentation and not options.segment_data and not options.smoke:
+    raise ValueError(
+      'table=segmentation after the colon of --config needs '
+      'segment_data=FOLDER beside it: CamVid, with train/ and test/, each with '
+      'images/ and labels/.'
+    )
   scale = dict(SCALES[options.scale])
   for name in ('distill_steps', 'finetune_steps', 'few_steps'):
     scale[name] = round(options.length * scale[name])
@@ -238,7 +286,14 @@ def _table(config, options):
     stages[name] = _teacher(scale, width)
   for seed in range(options.seeds):  # outside: half a table is of use
     for row, changes in rows.items():
-      stages |= _student(scale, row, changes, seed)
+      if row == 'teacher_double':
+        stages[row] = _larger_teacher(scale, changes['side'])
+        continue
+      if row != 'random':
+        few = options.table not in NO_FEW_LABELS
+        stages |= _student(scale, row, changes, seed, few)
+      if segmentation:
+        stages |= _segmentation(scale, row, seed, options.segment_data)
   config.stages, config.per_stage = tuple(stages), stages
   config.report.scale = options.scale
   if options.length != 1:
@@ -251,14 +306,27 @@ def _table(config, options):
     'with all or {few_steps} with 10 % of them; `none` as many in all, with '
     'labels.'
   ).format(**scale)
+  config.report.metrics = {'segmentation': 'mIoU'}
+  config.report.notes = {
+    'resolution': (
+      'The rows called `double`: images of {side} px, matched in linear time; '
+      '`teacher double` is the teacher evaluated there, with its positions '
+      'resized. The teacher was trained on {image_size} px alone.'
+    ).format(side=2 * scale['image_size'], **scale),
+    'segmentation': (
+      'CamVid, the 233 test frames, 11 classes: UperNet of 64 channels on the '
+      'student after its fine-tuning, or on a random one; {segment_steps} '
+      'updates of 8 crops of 96 x 128 from frames of 120 px on the short '
+      'side, one recipe for all rows.'
+    ).format(**scale),
+  }
   return config
 
 
 def _rows(table):
   """{row: changes} of a table with the two that stand in each."""
-  if table == 'losses':
-    return LOSSES
-  return {'none': {}, 'both': {}} | TABLES[table]
+  rows = TABLES[table]
+  return rows if 'both' in rows else {'none': {}, 'both': {}} | rows
 
 
 def _teachers(rows):
@@ -277,10 +345,29 @@ def _teacher(scale, width):
   )
 
 
-def _student(scale, row, changes, seed):
+def _larger_teacher(scale, side):
+  """Fields of a stage: the teacher's accuracy on images `side` times as large."""
+  return _larger(scale, side) | dict(
+    task='evaluate',
+    train_role='teacher',
+    init='stage:teacher',
+    teacher=dict(width=scale['width']),
+  )
+
+
+def _larger(scale, side):
+  """Fields of a stage whose images are `side` times as large; none for 1."""
+  if side == 1:
+    return {}
+  sizes = {name: side * scale[name] for name in ('image_size', 'cache_pixels')}
+  return dict(data=sizes)
+
+
+def _student(scale, row, changes, seed, few_labels):
   """{stage: fields} of a row and seed: without labels, with all, with few."""
   width = int(changes.get('width', 1) * scale['width'])
   own = dict(seed=seed, student=dict(width=width) | changes.get('student', {}))
+  own |= _larger(scale, changes.get('side', 1))
   stages, before, start = {}, scale['distill_steps'], {}
   if row.split('_')[0] != 'none':
     ((teacher, factor),) = (_teachers({row: changes}) or {'teacher': 1}).items()
@@ -297,10 +384,12 @@ def _student(scale, row, changes, seed):
       optimizer=dict(learning_rate=scale['finetune_rate']),
     )
     before = 0
-  few = dict(data=dict(labels_per_class=FEW_LABELS, labels_seed=seed))
   stages[f'finetune_{row}_s{seed}'] = (
     own | start | _supervised(scale, before + scale['finetune_steps'])
   )
+  if not few_labels:
+    return stages
+  few = dict(data=dict(labels_per_class=FEW_LABELS, labels_seed=seed))
   stages[f'few_{row}_s{seed}'] = (
     own
     | start
@@ -308,6 +397,20 @@ def _student(scale, row, changes, seed):
     | _supervised(scale, before + scale['few_steps'], CLASSES * FEW_LABELS)
   )
   return stages
+
+
+def _segmentation(scale, row, seed, folder):
+  """{stage: fields} of a row and seed: a class for every pixel."""
+  steps = scale['segment_steps']
+  fields = SEGMENT | dict(
+    seed=seed,
+    steps=steps,
+    init='' if row == 'random' else f'stage:finetune_{row}_s{seed}',
+    student=dict(width=scale['width']),
+    schedule=dict(warmup_epochs=_warmup(SEGMENT, steps, SEGMENT_IMAGES)),
+    data=SEGMENT_DATA | dict(data_dir=folder),
+  )
+  return {f'segment_{row}_s{seed}': fields}
 
 
 def _supervised(scale, steps, images=TRAIN_IMAGES):

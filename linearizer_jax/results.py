@@ -7,8 +7,10 @@ number; the page is written from all of these. A run that still goes on can be
 read too. Without `--runs` the page alone is written anew.
 
 A line is {'table', 'scale', 'row', 'labels', 'seed', 'accuracy', 'updates',
-'seconds'}, accuracy in percent, updates and seconds with those of the
-distillation; or {'scale', 'setup'}, a sentence about a scale.
+'seconds'}, accuracy in percent, updates and seconds with those of the stages
+that it started from; mIoU instead of accuracy in a table of segmentations. Or
+it is {'scale', 'setup'}, a sentence about a scale, or {'table', 'scale',
+'note'}, one about a table.
 """
 
 import argparse
@@ -21,10 +23,13 @@ import sys
 from linearizer_jax import checkpoint
 
 # <kind>_<row>_s<seed>; a teacher is a row of its own.
-STAGE = re.compile(r'(?P<kind>finetune|few)_(?P<row>\w+)_s(?P<seed>\d+)')
+STAGE = re.compile(
+  r'(?P<kind>finetune|few|segment)_(?P<row>\w+)_s(?P<seed>\d+)'
+)
 TEACHER = re.compile(r'teacher\w*')
-LABELS = {'finetune': 'all', 'few': '10%'}
-BASELINES = ('none', 'both')
+LABELS = {'finetune': 'all', 'few': '10%', 'segment': 'all'}
+# The number of a table -> the rows that the others are compared with.
+BASELINES = {'accuracy': ('none', 'both'), 'mIoU': ('random', 'none')}
 KEY = ('table', 'scale', 'row', 'labels', 'seed')
 
 
@@ -43,7 +48,7 @@ def main(argv=None):
       read_lines(path.with_suffix('.jsonl')),
       *(collect(run) for run in options.runs),
     )
-    if not any('table' in line for line in lines):
+    if not any('row' in line for line in lines):
       raise ValueError(
         f'nothing to write: no --runs with a finished row, and no '
         f'{path.with_suffix(".jsonl")}.'
@@ -84,35 +89,50 @@ def collect(workdir):
     path = checkpoint.stage_dir(workdir, stage) / 'result.json'
     if path.is_file():
       done[stage] = checkpoint.read_json(path)
-  lines = {}
+  lines = {metric: {} for metric in BASELINES}
   for stage, result in done.items():
     match = STAGE.fullmatch(stage)
     if match:
       row, kind = match['row'], match['kind']
-      before = done.get(f'distill_{row}_s{match["seed"]}', {})
       where = {'row': row, 'labels': LABELS[kind], 'seed': int(match['seed'])}
     elif TEACHER.fullmatch(stage):
-      row, before = stage, {}
+      row, kind = stage, 'finetune'
       where = {'row': row, 'labels': 'all', 'seed': config['seed']}
     else:
       continue
-    numbers = {'accuracy': result['accuracy']}
+    metric = 'mIoU' if kind == 'segment' else 'accuracy'
+    before = _before(config, stage, done)
+    numbers = {metric: result[metric]}
     for name in ('steps', 'seconds'):
-      total = result[name] + before.get(name, 0)
+      total = result[name] + sum(other[name] for other in before)
       numbers['updates' if name == 'steps' else name] = total
-    lines.setdefault(row, []).append(where | numbers)
-  owner = {}
+    lines[metric].setdefault(row, []).append(where | numbers)
+  metrics, owner = report.get('metrics', {}), {}
   for name, rows in report['tables']:
     for row in rows:
-      owner.setdefault(row, name)
+      owner.setdefault((metrics.get(name, 'accuracy'), row), name)
   found = [{'scale': report['scale'], 'setup': report['setup']}]
   for name, rows in report['tables']:
-    own = [row for row in lines if owner.get(row) == name]
+    metric = metrics.get(name, 'accuracy')
+    own = [row for row in lines[metric] if owner.get((metric, row)) == name]
     if not all(map(TEACHER.fullmatch, own)):
       place = {'table': name, 'scale': report['scale']}
+      if note := report.get('notes', {}).get(name):
+        found.append(place | {'note': note})
       for row in rows:
-        found += [place | line for line in lines.get(row, ())]
+        found += [place | line for line in lines[metric].get(row, ())]
   return found
+
+
+def _before(config, stage, done):
+  """Results of the students that a stage started from, one after the other."""
+  results = []
+  while not TEACHER.fullmatch(stage):
+    stage = config['per_stage'][stage].get('init', '').removeprefix('stage:')
+    if stage not in done:
+      break
+    results.append(done[stage])
+  return results
 
 
 def read_lines(path):
@@ -141,12 +161,12 @@ def summarise(lines):
     {row: {labels: {'accuracy', 'none', 'both'}}}, each a triple (mean, sample
     standard deviation, count): of the accuracy, and of its differences, seed by
     seed, from the baselines, where there are such. The deviation of one number
-    is None.
+    is None. Of segmentations 'mIoU' and its baselines instead.
   """
-  cells = {}
+  metric, cells = metric_of(lines), {}
   for line in lines:
     cell = cells.setdefault(line['row'], {}).setdefault(line['labels'], {})
-    cell[line['seed']] = line['accuracy']
+    cell[line['seed']] = line[metric]
 
   def spread(values):
     deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -155,8 +175,8 @@ def summarise(lines):
   found = {}
   for row, measures in cells.items():
     for labels, seeds in measures.items():
-      cell = {'accuracy': spread(list(seeds.values()))}
-      for base in BASELINES:
+      cell = {metric: spread(list(seeds.values()))}
+      for base in BASELINES[metric]:
         other = cells.get(base, {}).get(labels, {})
         pairs = [seeds[s] - other[s] for s in seeds if s in other]
         if pairs and row != base and not TEACHER.fullmatch(row):
@@ -165,44 +185,51 @@ def summarise(lines):
   return found
 
 
+def metric_of(lines):
+  """The number that the lines of one table hold."""
+  return 'mIoU' if any('mIoU' in line for line in lines) else 'accuracy'
+
+
 def page(lines):
   """The page, Markdown."""
   setups = {x['scale']: x['setup'] for x in lines if 'setup' in x}
+  notes = {(x['table'], x['scale']): x['note'] for x in lines if 'note' in x}
   tables = {}
   for line in lines:
-    if 'table' in line:
+    if 'row' in line:
       tables.setdefault((line['table'], line['scale']), []).append(line)
   parts = [
     '# Results\n\nWritten by `python -m linearizer_jax.results` from the JSON '
-    'lines beside this file; not to be edited.\n\nTest accuracy in percent: '
-    'mean and sample standard deviation over the seeds. A difference is taken '
-    'seed by seed from the same number of the row `none` or `both`. Updates '
-    'and seconds of training are those of one seed with all labels, with the '
-    'distillation, without compiling.\n'
+    'lines beside this file; not to be edited.\n\nTest accuracy in percent, '
+    'mIoU where a column says so: mean and sample standard deviation over the '
+    'seeds. A difference is taken seed by seed from the same number of the row '
+    'that its column names. Updates and seconds of training are those of one '
+    'seed with all labels, with the stages that it started from, without '
+    'compiling.\n'
   ]
   for (name, scale), rows in tables.items():
-    parts.append(
-      f'## {name}, scale {scale}\n\n{setups.get(scale, "")}\n\n{table(rows)}\n'
-    )
+    note = notes.get((name, scale))
+    texts = [setups.get(scale, ''), *([note] if note else []), table(rows)]
+    parts.append('\n\n'.join([f'## {name}, scale {scale}', *texts]) + '\n')
   return '\n'.join(parts)
 
 
 def table(lines):
   """The Markdown table of one table and scale."""
-  measures = [
-    x for x in LABELS.values() if any(x == y['labels'] for y in lines)
-  ]
-  header = ['row']
+  measures = [x for x in ('all', '10%') if any(x == y['labels'] for y in lines)]
+  metric, header = metric_of(lines), ['row']
+  baselines = BASELINES[metric]
   for labels in measures:
-    header += [f'{labels} labels', *(f'against {base}' for base in BASELINES)]
+    header.append('mIoU' if metric == 'mIoU' else f'{labels} labels')
+    header += [f'against {base}' for base in baselines]
   header += ['seeds', 'updates', 'seconds']
   text = [header, ['---'] * len(header)]
   for row, cells in summarise(lines).items():
     entry = [row.replace('_', ' ')]
     for labels in measures:
       cell = cells.get(labels, {})
-      entry.append(_number(cell.get('accuracy')))
-      entry += [_number(cell.get(base), '+') for base in BASELINES]
+      entry.append(_number(cell.get(metric)))
+      entry += [_number(cell.get(base), '+') for base in baselines]
     every = [x for x in lines if x['row'] == row]
     whole = [x for x in every if x['labels'] == 'all']
     entry.append(str(len({x['seed'] for x in every})))

@@ -161,10 +161,25 @@ def folder(row, config, split):
   pairs = [
     (images / name, labels / f'{pathlib.Path(name).stem}.png') for name in names
   ]
+  return _pairs(root, pairs, _folder_ids(config), config.num_classes, layout)
+
+
+def files(pairs, config):
+  """`Pairs` of image and label files, ids as in a folder of `data.name`.
+
+  Args:
+    pairs: iterable of (image, label) paths.
+    config: `config.DataConfig` of a dense 'folder'.
+  """
+  return Pairs(pathlib.Path(), pairs, _folder_ids(config), config.num_classes)
+
+
+def _folder_ids(config):
+  """The class of each id, as `Pairs` takes it."""
   classes = np.full(256, _OUTSIDE)
   classes[: config.num_classes] = np.arange(config.num_classes)
   classes[list(config.ignore_labels)] = IGNORED
-  return _pairs(root, pairs, classes, config.num_classes, layout)
+  return classes
 
 
 def ade20k(row, config, split):

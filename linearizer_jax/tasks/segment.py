@@ -99,19 +99,23 @@ class Segment:
     are brought to the size of the labels.
     """
     del key
+    logits = self.logits(params, frozen, batch)
+    return score(logits, batch['size'], batch['label'], batch['label_size'])
+
+  def logits(self, params, frozen, batch):
+    """(B, H, W, V) of the 'image' and 'size' of a batch, as `evaluate` takes it."""
     variables = self._variables(params, frozen)
     images = inputs.normalize(batch['image'], self.mean, self.std)
     data = self.config.data
     window = layers.as_pair(data.eval_window)
     stride = layers.as_pair(data.eval_stride)
-    logits = window_logits(
+    return window_logits(
       lambda x: self._logits(variables, x),
       images,
       batch['size'],
       window,
       tuple(s or w for s, w in zip(stride, window, strict=True)),
     )
-    return score(logits, batch['size'], batch['label'], batch['label_size'])
 
   def _logits(self, variables, images):
     """Logits of images of any size, filled up with grey to whole patches."""
