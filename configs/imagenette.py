@@ -346,7 +346,7 @@ def _teacher(scale, width):
 
 
 def _larger_teacher(scale, side):
-  """Fields of a stage: the teacher's accuracy on images `side` times as large."""
+  """Fields of a stage: the teacher, as it is, on images `side` times larger."""
   return _larger(scale, side) | dict(
     task='evaluate',
     train_role='teacher',

@@ -29,6 +29,7 @@ MODULES = {
   'linearizer_jax.train': 'linearizer_jax/train.py',
   'linearizer_jax.figures': 'linearizer_jax/figures.py',
   'linearizer_jax.maps': 'linearizer_jax/maps.py',
+  'linearizer_jax.label_maps': 'linearizer_jax/label_maps.py',
 }
 # Of these only some: the rest are layers inside the model.
 ONLY = {

@@ -1,7 +1,9 @@
-"""Pictures: loss curves, activation maps, speed against resolution.
+"""Pictures: loss curves, activation and label maps, speed and resolution.
 
 python -m linearizer_jax.figures maps teacher=DIR:teacher student=DIR \\
   --images A.png B.png --blocks 2 5 8 11 --queries 5,7 9,3 --out maps.png
+python -m linearizer_jax.figures segmentation random=DIR:STAGE both=DIR:STAGE \\
+  --images A.jpg B.jpg --labels A.png B.png --names sky road --out labels.png
 python -m linearizer_jax.figures tradeoff FILE.json --out tradeoff.png
 """
 
@@ -12,7 +14,7 @@ import sys
 
 import numpy as np
 
-from linearizer_jax import maps, metrics
+from linearizer_jax import label_maps, maps, metrics
 
 
 def loss_curves(workdir, path):
@@ -270,6 +272,24 @@ def main(argv=None):
   )
   draw.add_argument('--out', default='maps.png', help='file to write')
 
+  labels = commands.add_parser(
+    'segmentation', help='images, their labels and what runs make of them'
+  )
+  labels.add_argument(
+    'runs',
+    nargs='+',
+    metavar='NAME=SOURCE',
+    help='work directories of segmentations, SOURCE:STAGE for one stage',
+  )
+  labels.add_argument('--images', nargs='+', required=True, help='image files')
+  labels.add_argument(
+    '--labels', nargs='+', required=True, help='their label files, in order'
+  )
+  labels.add_argument(
+    '--names', nargs='+', default=[], help='of the classes; ids unless given'
+  )
+  labels.add_argument('--out', default='labels.png', help='file to write')
+
   trade = commands.add_parser('tradeoff', help='speed, memory, resolution')
   trade.add_argument('files', nargs='+', help='JSON files of the benchmark')
   trade.add_argument('--load', choices=('full', 'one'), default='full')
@@ -281,6 +301,14 @@ def main(argv=None):
   try:
     if options.command == 'maps':
       _maps_of_sources(options)
+    elif options.command == 'segmentation':
+      label_maps.draw_label_maps(
+        {
+          name: label_maps.load_run(*source)
+          for name, source in map(_named, options.runs)
+        },
+        *(options.images, options.labels, options.out, options.names),
+      )
     else:
       pairs = (pair.split('=') for pair in options.accuracy)
       accuracy = {model: float(value) for model, value in pairs}
@@ -296,6 +324,17 @@ def numbers(text):
   return int(row), int(column)
 
 
+def _named(text):
+  """'NAME=SOURCE:STAGE' -> (NAME, (SOURCE, STAGE)); the stage may be None."""
+  name, _, source = text.partition('=')
+  if not source:
+    raise ValueError(f'{text!r} is no NAME=SOURCE.')
+  stage = None
+  if not pathlib.Path(source).exists() and ':' in source:
+    source, _, stage = source.rpartition(':')
+  return name, (source, stage)
+
+
 def _maps_of_sources(options):
   """Loads networks and pictures, and draws their maps."""
   from PIL import Image
@@ -304,12 +343,7 @@ def _maps_of_sources(options):
 
   networks, sizes, crops = {}, [], []
   for text in options.networks:
-    name, _, source = text.partition('=')
-    if not source:
-      raise ValueError(f'{text!r} is no NAME=SOURCE.')
-    stage = None
-    if not pathlib.Path(source).exists() and ':' in source:
-      source, _, stage = source.rpartition(':')
+    name, (source, stage) = _named(text)
     model, variables, preprocess = load.load(source, stage=stage, num_classes=0)
     stats = preprocess.mean, preprocess.std
     networks[name] = model, variables['params'], stats

@@ -29,7 +29,15 @@ ALLOWED = {
   'tasks': {'losses', 'masking', 'models', 'sharding'},
   'recorder': {'hosts', 'metrics'},
   'start': {'checkpoint', 'convert', 'models', 'tasks', 'zeroshot'},
-  'figures': {'convert', 'maps', 'metrics'},
+  'figures': {'convert', 'label_maps', 'maps', 'metrics'},
+  'label_maps': {
+    'checkpoint',
+    'convert',
+    'data',
+    'evaluate',
+    'models',
+    'tasks',
+  },
   'maps': {'data', 'hosts', 'sharding', 'tasks'},
   'benchmark': {
     'chips',

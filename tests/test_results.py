@@ -78,12 +78,12 @@ def test_new_lines_replace_old_ones_of_the_same_number():
   assert merged[len(LINES) :] == [line('none', 3, 1.0)]
 
 
-def finish(workdir, stage, accuracy, steps):
+def finish(workdir, stage, value, steps, metric='accuracy'):
   directory = checkpoint.stage_dir(workdir, stage)
   directory.mkdir()
   checkpoint.write_json(
     directory / 'result.json',
-    {'accuracy': accuracy, 'loss': 1.0, 'seconds': 10.0, 'steps': steps},
+    {metric: value, 'loss': 1.0, 'seconds': 10.0, 'steps': steps},
   )
 
 
@@ -121,10 +121,95 @@ def test_work_directories_become_the_page(tmp_path, capsys):
   capsys.readouterr()
 
 
+def test_segmentations_are_a_table_of_mious(tmp_path):
+  """Rows of the same names as elsewhere, with what came before them."""
+  argument = 'table=segmentation,segment_data=CAMVID,seeds=1'
+  config = imagenette.get_config(argument).to_dict()
+  checkpoint.claim_workdir(tmp_path, config)
+  finish(tmp_path, 'teacher', 80.0, 5)
+  finish(tmp_path, 'distill_both_s0', 1.0, 4)
+  finish(tmp_path, 'finetune_both_s0', 63.0, 3)
+  finish(tmp_path, 'segment_random_s0', 20.5, 2, 'mIoU')
+  finish(tmp_path, 'segment_both_s0', 22.0, 2, 'mIoU')
+  lines = results.collect(tmp_path)
+  found = [x for x in lines if 'row' in x]
+  assert [
+    (x['row'], x['mIoU'], x['updates'], x['seconds'])
+    for x in found
+    if x['table'] == 'segmentation'
+  ] == [('random', 20.5, 2, 10.0), ('both', 22.0, 9, 30.0)]
+  # Their classifications stand in a table of classifications.
+  assert {(x['table'], x['row']) for x in found if 'accuracy' in x} == {
+    ('losses', 'teacher'),
+    ('losses', 'both'),
+  }
+  page = results.page(lines)
+  assert page.count('CamVid') == 1
+  table = page[page.index('## segmentation') :].splitlines()
+  assert [x for x in table if x.startswith('| ')] == [
+    '| row | mIoU | against random | against none | seeds | updates | seconds '
+    '|',
+    '| --- | --- | --- | --- | --- | --- | --- |',
+    '| random | 20.5 |  |  | 1 | 2 | 10 |',
+    '| both | 22.0 | +1.5 |  | 1 | 9 | 30 |',
+  ]
+  assert results.merge(lines, lines) == lines
+
+
+def test_segmentations_differ_in_their_start_alone():
+  argument = 'table=segmentation,segment_data=CAMVID,seeds=1'
+  config = imagenette.get_config(argument).to_dict()
+  stages = [
+    checkpoint.resolve_stage(config, stage)
+    for stage in config['stages']
+    if stage.startswith('segment')
+  ]
+  starts = {stage.pop('stage'): stage.pop('init') for stage in stages}
+  assert starts == {
+    'segment_random_s0': '',
+    'segment_none_s0': 'stage:finetune_none_s0',
+    'segment_both_s0': 'stage:finetune_both_s0',
+    'segment_features_class_s0': 'stage:finetune_features_class_s0',
+  }
+  assert all(stage == stages[0] for stage in stages)
+  data = stages[0]['data']
+  assert (data['data_dir'], data['eval_split']) == ('CAMVID', 'test')
+  assert (data['num_classes'], data['dense']) == (11, True)
+  with pytest.raises(ValueError, match='segment_data=FOLDER'):
+    imagenette.get_config('table=segmentation')
+  # The other stages are those of the other tables.
+  other = imagenette.get_config('table=recipes,seeds=1').to_dict()
+  shared = set(config['stages']) & set(other['stages'])
+  assert len(shared) == 6
+  for stage in shared:
+    assert config['per_stage'][stage] == other['per_stage'][stage]
+
+
+def test_images_of_twice_the_side_start_from_the_same_teacher():
+  config = imagenette.get_config('table=resolution,seeds=1').to_dict()
+  stages = {s: checkpoint.resolve_stage(config, s) for s in config['stages']}
+  for name, stage in stages.items():
+    side = 2 if 'double' in name else 1
+    assert stage['data']['image_size'] == side * 32
+    assert stage['data']['cache_pixels'] == side * 48
+  distil = stages['distill_both_double_s0']
+  assert distil['distill']['form'] == 'linear'
+  assert distil['teacher']['weights'] == 'stage:teacher'
+  assert stages['teacher_double']['init'] == 'stage:teacher'
+
+
+@pytest.mark.parametrize('table', ['segmentation', 'resolution'])
+def test_smoke_of_a_table_with_other_data_checks(table):
+  config = imagenette.get_config(f'table={table},seeds=1,smoke').to_dict()
+  stages = [checkpoint.resolve_stage(config, s) for s in config['stages']]
+  train.check_stages(stages[-2:])
+
+
 @pytest.mark.parametrize('scale', sorted(imagenette.SCALES))
 @pytest.mark.parametrize('table', sorted(imagenette.TABLES))
 def test_tables_resolve(table, scale):
-  config = imagenette.get_config(f'table={table},scale={scale}').to_dict()
+  argument = f'table={table},scale={scale},segment_data=CAMVID'
+  config = imagenette.get_config(argument).to_dict()
   stages = [checkpoint.resolve_stage(config, s) for s in config['stages']]
   names = set(config['stages'])
   kinds = {}
@@ -137,8 +222,13 @@ def test_tables_resolve(table, scale):
       kinds.setdefault(match['row'], set()).add((match['kind'], stage['seed']))
   (rows,) = (rows for name, rows in config['report']['tables'] if name == table)
   assert {'none', 'both'} < set(kinds) <= set(rows)
-  for found in kinds.values():
-    assert found == {(k, s) for k in results.LABELS for s in range(3)}
+  for row, found in kinds.items():
+    wanted = {'finetune', 'few'}
+    if table in imagenette.NO_FEW_LABELS:
+      wanted = {'finetune'}
+    if table == 'segmentation':
+      wanted = {'segment'} if row == 'random' else {'finetune', 'segment'}
+    assert found == {(k, s) for k in wanted for s in range(3)}
   # Seed 0 of all rows comes first.
   seeds = [int(s[-1]) for s in config['stages'] if s[-2:-1] == 's']
   assert seeds == sorted(seeds)
@@ -147,7 +237,7 @@ def test_tables_resolve(table, scale):
 def test_none_takes_the_updates_of_both():
   config = imagenette.get_config('table=losses,seeds=1').to_dict()
   steps = {s: config['per_stage'][s]['steps'] for s in config['stages']}
-  for kind in results.LABELS:
+  for kind in ('finetune', 'few'):
     both = steps['distill_both_s0'] + steps[f'{kind}_both_s0']
     assert steps[f'{kind}_none_s0'] == both
 

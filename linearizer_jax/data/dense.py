@@ -165,12 +165,20 @@ def folder(row, config, split):
 
 
 def files(pairs, config):
-  """`Pairs` of image and label files, ids as in a folder of `data.name`.
+  """`Pairs` of files, with the ids of a 'folder'.
 
   Args:
     pairs: iterable of (image, label) paths.
-    config: `config.DataConfig` of a dense 'folder'.
+    config: `config.DataConfig`.
+
+  Raises:
+    ValueError: the config is of other data, whose ids mean something else.
   """
+  if config.name != 'folder':
+    raise ValueError(
+      f"data.name is {config.name!r}; expected 'folder': only its label files "
+      'can be read one by one.'
+    )
   return Pairs(pathlib.Path(), pairs, _folder_ids(config), config.num_classes)
 
 

@@ -103,7 +103,7 @@ class Segment:
     return score(logits, batch['size'], batch['label'], batch['label_size'])
 
   def logits(self, params, frozen, batch):
-    """(B, H, W, V) of the 'image' and 'size' of a batch, as `evaluate` takes it."""
+    """(B, H, W, V) for 'image' and 'size' of a batch that `evaluate` takes."""
     variables = self._variables(params, frozen)
     images = inputs.normalize(batch['image'], self.mean, self.std)
     data = self.config.data
