@@ -101,6 +101,7 @@ TABLES = {
 NO_FEW_LABELS = ('resolution', 'segmentation')  # tables without these stages
 TRAIN_IMAGES, CLASSES = 9469, 10
 FEW_LABELS = TRAIN_IMAGES // CLASSES // 10  # of a class
+# CamVid at a third of its size; the rest is configs/segment_folder.py.
 SEGMENT_IMAGES = 367
 SEGMENT = dict(
   task='segment',

@@ -123,25 +123,10 @@ def draw_label_maps(runs, images, labels, path, names=()):
     ValueError: another number of labels or names, runs of different classes,
       or files that do not fit each other.
   """
-  from matplotlib import figure, patches
+  from matplotlib import figure
 
+  _check(runs, images, labels, names)
   data = next(iter(runs.values())).data
-  for name, run in runs.items():
-    if run.data.num_classes != data.num_classes:
-      raise ValueError(
-        f'{name} was trained on {run.data.num_classes} classes, '
-        f'{next(iter(runs))} on {data.num_classes}: draw them apart.'
-      )
-  if len(images) != len(labels):
-    raise ValueError(
-      f'--images has {len(images)} files, --labels {len(labels)}; expected one '
-      'label file an image, in the same order.'
-    )
-  if names and len(names) != data.num_classes:
-    raise ValueError(
-      f'--names has {len(names)} names, the runs have {data.num_classes} '
-      'classes.'
-    )
   source = dense.files(zip(images, labels, strict=True), data)
   examples = [source[index] for index in range(len(source))]
   predicted = {name: predict(run, source) for name, run in runs.items()}
@@ -174,14 +159,44 @@ def draw_label_maps(runs, images, labels, path, names=()):
       axis.set(xticks=[], yticks=[])
   for axis, title in zip(axes[0], ('image', 'label', *runs), strict=True):
     axis.set_title(title, fontsize=10)
+  _legend(canvas, columns, sorted(seen), colors, names)
+  canvas.savefig(path, dpi=150)
+
+
+def _check(runs, images, labels, names):
+  """Raises the errors of `draw_label_maps` that need no file."""
+  data = next(iter(runs.values())).data
+  for name, run in runs.items():
+    if run.data.num_classes != data.num_classes:
+      raise ValueError(
+        f'{name} was trained on {run.data.num_classes} classes, '
+        f'{next(iter(runs))} on {data.num_classes}: draw them apart.'
+      )
+  if len(images) != len(labels):
+    raise ValueError(
+      f'--images has {len(images)} files, --labels {len(labels)}; expected one '
+      'label file an image, in the same order.'
+    )
+  if names and len(names) != data.num_classes:
+    raise ValueError(
+      f'--names has {len(names)} names, the runs have {data.num_classes} '
+      'classes.'
+    )
+
+
+def _legend(canvas, columns, classes, colors, names):
+  """Names or ids of the classes that are to be seen, below a figure."""
+  from matplotlib import patches
+
+  titles = dict(enumerate(names)) | {dense.IGNORED: 'ignored'}
   handles = [
     patches.Patch(
       facecolor=colors[n] / 255,
       edgecolor='black',
       linewidth=0.5,
-      label='ignored' if n == dense.IGNORED else names[n] if names else str(n),
+      label=titles.get(n, str(n)),
     )
-    for n in sorted(seen)
+    for n in classes
   ]
   lines = math.ceil(len(handles) / int(FRAME_WIDTH * columns))
   canvas.legend(
@@ -191,7 +206,6 @@ def draw_label_maps(runs, images, labels, path, names=()):
     frameon=False,
     fontsize=9,
   )
-  canvas.savefig(path, dpi=150)
 
 
 def palette(num_classes):
