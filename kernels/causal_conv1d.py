@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from . import causal_conv1d_tpu, placement
 
@@ -91,16 +91,13 @@ def causal_conv1d(
       x, weight, bias, activation, interpret
     )
 
-  if mesh is None:
-    return run(x, weight, bias)
-  split = PartitionSpec(batch_axes)
-  return jax.shard_map(
+  return placement.over_batch(
     run,
-    mesh=mesh,
-    in_specs=(split, PartitionSpec(), PartitionSpec()),
-    out_specs=split,
-    check_vma=False,  # a Pallas call says nothing about varying axes
-  )(x, weight, bias)
+    {'x': x, 'weight': weight, 'bias': bias},
+    mesh,
+    batch_axes,
+    whole=('weight', 'bias'),
+  )
 
 
 def _choose(x, weight, mesh, batch_axes):

@@ -3,6 +3,7 @@
 import math
 
 import jax
+from jax.sharding import PartitionSpec
 
 
 def check_mesh(mesh, batch_axes):
@@ -36,3 +37,28 @@ def platform(x, mesh):
 def shards(mesh, batch_axes):
   """Parts that a batch is split into."""
   return math.prod(mesh.shape[axis] for axis in axes(batch_axes))
+
+
+def over_batch(function, arrays, mesh, batch_axes, *, whole):
+  """`function(**arrays)`, on every device for its share of the batch.
+
+  XLA cannot shard a Pallas call itself.
+
+  Args:
+    function: takes arrays by name; what it returns has the batch first.
+    arrays: name -> array with the batch first, or None.
+    mesh: mesh of the devices; None calls the function as it is.
+    batch_axes: axis or axes of `mesh` that the batch is split over.
+    whole: names of arrays that have no batch; every device has all of them.
+  """
+  if mesh is None:
+    return function(**arrays)
+  split = PartitionSpec(batch_axes)
+  specs = {name: PartitionSpec() if name in whole else split for name in arrays}
+  return jax.shard_map(
+    lambda arrays: function(**arrays),
+    mesh=mesh,
+    in_specs=(specs,),
+    out_specs=split,
+    check_vma=False,  # a Pallas call says nothing about varying axes
+  )(arrays)

@@ -44,6 +44,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .. import placement
 from .pallas_gpu_backward import gradients
 from .pallas_gpu_call import LOG2_E, choose_blocks
 from .pallas_gpu_forward import scan, states
@@ -99,31 +100,15 @@ def ssd_pallas_gpu(
   """
   del chunk_size
   choose_blocks(x, B, segments)  # complain before tracing anything
-  arrays = {'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C}
-  if D is not None:
-    arrays['D'] = D
-  if initial_state is not None:
-    arrays['initial_state'] = initial_state
-
-  def run(arrays):
-    return _ssd_arrays(
-      **arrays,
-      return_final_state=return_final_state,
-      interpret=interpret,
-      segments=segments,
-    )
-
-  if mesh is None:
-    return run(arrays)
-  sharded = jax.sharding.PartitionSpec(batch_axes)
-  whole = jax.sharding.PartitionSpec()
-  return jax.shard_map(
-    run,
-    mesh=mesh,
-    in_specs=({k: whole if k in 'AD' else sharded for k in arrays},),
-    out_specs=(sharded, sharded if return_final_state else whole),
-    check_vma=False,  # a Pallas call says nothing about varying axes
-  )(arrays)
+  arrays = {'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, 'D': D}
+  arrays['initial_state'] = initial_state
+  run = functools.partial(
+    _ssd_arrays,
+    return_final_state=return_final_state,
+    interpret=interpret,
+    segments=segments,
+  )
+  return placement.over_batch(run, arrays, mesh, batch_axes, whole=('A', 'D'))
 
 
 def _ssd_arrays(
@@ -132,8 +117,8 @@ def _ssd_arrays(
   A,
   B,
   C,
-  D=None,
-  initial_state=None,
+  D,
+  initial_state,
   *,
   return_final_state,
   interpret,

@@ -32,6 +32,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from .. import placement
 from .pallas_tpu_backward import backward
 from .pallas_tpu_call import choose_blocks
 from .pallas_tpu_forward import forward
@@ -85,32 +86,16 @@ def ssd_pallas_tpu(
   """
   del chunk_size
   choose_blocks(x, B)  # complain before tracing anything
-  arrays = {'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C}
-  if D is not None:
-    arrays['D'] = D
-  if initial_state is not None:
-    arrays['initial_state'] = initial_state
-
-  def run(arrays):
-    return _ssd_arrays(
-      **arrays, return_final_state=return_final_state, interpret=interpret
-    )
-
-  if mesh is None:
-    return run(arrays)
-  sharded = jax.sharding.PartitionSpec(batch_axes)
-  whole = jax.sharding.PartitionSpec()
-  return jax.shard_map(
-    run,
-    mesh=mesh,
-    in_specs=({k: whole if k in 'AD' else sharded for k in arrays},),
-    out_specs=(sharded, sharded if return_final_state else whole),
-    check_vma=False,  # a Pallas call says nothing about varying axes
-  )(arrays)
+  arrays = {'x': x, 'dt': dt, 'A': A, 'B': B, 'C': C, 'D': D}
+  arrays['initial_state'] = initial_state
+  run = functools.partial(
+    _ssd_arrays, return_final_state=return_final_state, interpret=interpret
+  )
+  return placement.over_batch(run, arrays, mesh, batch_axes, whole=('A', 'D'))
 
 
 def _ssd_arrays(
-  x, dt, A, B, C, D=None, initial_state=None, *, return_final_state, interpret
+  x, dt, A, B, C, D, initial_state, *, return_final_state, interpret
 ):
   """From the public layout to the kernels' and back."""
   batch, length, heads, head_dim = x.shape
