@@ -346,30 +346,46 @@ def test_precision_in_the_jaxpr(implementation, dtype):
   assert (counts['dot_general'] > 0) == (implementation != 'reference')
 
 
+def run_sharded(make_run, args, cotangents):
+  """Results on eight devices, of a batch four times as large.
+
+  The batch must not be gathered, and dA and dD have to be summed over all.
+
+  Args:
+    make_run: (mesh=, batch_axes=) -> jitted (args, cotangents) -> results.
+    args, cotangents: of a batch of two.
+
+  Returns:
+    (results, args and cotangents of the whole batch).
+  """
+  whole = jax.tree.map(
+    lambda a: np.concatenate([a] * 4) if a.ndim > 2 else a, (args, cotangents)
+  )
+  mesh = Mesh(np.array(jax.devices()[:8]), ('data',))
+
+  def place(a):
+    spec = PartitionSpec('data' if a.ndim > 2 else None)
+    return jax.device_put(a, NamedSharding(mesh, spec))
+
+  placed = jax.tree.map(place, whole)
+  f = make_run(mesh=mesh, batch_axes='data').lower(*placed).compile()
+  assert 'all-gather' not in f.as_text()
+  assert 'all-reduce' in f.as_text()
+  return f(*placed), whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('implementation', CHUNKED)
 def test_batch_sharded_without_gathering(implementation):
   args, cotangents, _ = make_case(66)
-  args, cotangents = jax.tree.map(
-    lambda a: np.concatenate([a] * 4) if a.ndim > 2 else a, (args, cotangents)
-  )
-  mesh = Mesh(np.array(jax.devices()[:8]), ('data',))
-  spec = lambda a: PartitionSpec('data' if a.ndim > 2 else None)  # noqa: E731
-  placed = jax.tree.map(
-    lambda a: jax.device_put(a, NamedSharding(mesh, spec(a))),
-    (args, cotangents),
-  )
   options = {'implementation': implementation, 'chunk_size': 16}
-  f = (
-    jax.jit(functools.partial(run, **options, mesh=mesh, batch_axes='data'))
-    .lower(*placed)
-    .compile()
-  )
-  assert 'all-gather' not in f.as_text()
-  assert 'all-reduce' in f.as_text()  # dA and dD
-  got, want = f(*placed), run(args, cotangents, **options)
-  for name in got:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4)
+
+  def make_run(**mesh):
+    return jax.jit(functools.partial(run, **options, **mesh))
+
+  got, whole = run_sharded(make_run, args, cotangents)
+  for name, want in run(*whole, **options).items():
+    np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import (
-  AbstractDevice,
-  AbstractMesh,
-  Mesh,
-  NamedSharding,
-  PartitionSpec,
+from jax.sharding import AbstractDevice, AbstractMesh
+from test_ssd import (
+  BFLOAT16,
+  FLOAT32,
+  QUICK_COMPILE,
+  assert_close,
+  exact,
+  run_sharded,
 )
-from test_ssd import BFLOAT16, FLOAT32, QUICK_COMPILE, assert_close, exact
-from test_ssd_api import fake_mesh
+from test_ssd_api import chosen, fake_mesh  # noqa: F401 (a fixture)
 
 from linearizer_jax.kernels.cost import pallas_calls
 from linearizer_jax.kernels.ssd import api, pallas_gpu_call, ssd
@@ -177,16 +178,8 @@ def test_what_it_cannot_do(x, b, message):
       ssd(x, dt, A, b, b, implementation='pallas_gpu')
 
 
-def test_off_until_measured(monkeypatch):
+def test_off_until_measured(monkeypatch, chosen):  # noqa: F811
   """None is XLA on a GPU; were it not, odd sizes would still be XLA's."""
-  names = []
-  for name in api.IMPLEMENTATIONS:
-
-    def spy(x, *_, name=name, **options):
-      names.append(name)
-      return x, None
-
-    monkeypatch.setitem(api.IMPLEMENTATIONS, name, spy)
   args, *_ = make_case(1, 1, 'float32')
   narrow = {k: args[k][..., :24] for k in ('B', 'C', 'initial_state')}
   gpu = {'mesh': fake_mesh('gpu')}
@@ -194,7 +187,7 @@ def test_off_until_measured(monkeypatch):
   monkeypatch.setitem(api.DEFAULT_IMPLEMENTATION, 'gpu', 'pallas_gpu')
   ssd(**args, **gpu)
   ssd(**(args | narrow), **gpu)
-  assert names == ['xla', 'pallas_gpu', 'xla']
+  assert chosen == ['xla', 'pallas_gpu', 'xla']
 
 
 def arguments(shape, dtype='bfloat16'):
@@ -265,22 +258,9 @@ def test_memory_is_linear_in_length(name):
 
 def test_batch_sharded_without_gathering():
   args, cotangents, _ = make_case(33, 2, 'float32')
-  args, cotangents = jax.tree.map(
-    lambda a: np.concatenate([a] * 4) if a.ndim > 2 else a, (args, cotangents)
-  )
-  mesh = Mesh(np.array(jax.devices()[:8]), ('data',))
-
-  def place(a):
-    spec = PartitionSpec('data' if a.ndim > 2 else None)
-    return jax.device_put(a, NamedSharding(mesh, spec))
-
-  placed = jax.tree.map(place, (args, cotangents))
-  f = make_run(mesh=mesh, batch_axes='data', segments=1)
-  compiled = f.lower(*placed).compile()
-  assert 'all-gather' not in compiled.as_text()
-  assert 'all-reduce' in compiled.as_text()  # dA and dD
-  got, want = compiled(*placed), interpreted(33, 2, 'float32', 1)
-  for name, value in want.items():
+  make = functools.partial(make_run, segments=1)
+  got, _ = run_sharded(make, args, cotangents)
+  for name, value in interpreted(33, 2, 'float32', 1).items():
     if name in 'AD':  # a sum over four times the images
       value = 4 * value
     elif value.ndim > 2:

@@ -15,8 +15,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_ssd import BFLOAT16, FLOAT32, assert_close, exact
+from test_ssd import BFLOAT16, FLOAT32, assert_close, exact, run_sharded
 
 from linearizer_jax.kernels.cost import block_bytes, pallas_calls
 from linearizer_jax.kernels.ssd.pallas_tpu import choose_blocks, ssd_pallas_tpu
@@ -219,25 +218,11 @@ def test_block_bytes():
 
 
 def test_batch_sharded_without_gathering():
-  args, cotangents = make_case(66)
-  args, cotangents = jax.tree.map(
-    lambda a: np.concatenate([a] * 4) if a.ndim > 2 else a, (args, cotangents)
-  )
-  mesh = Mesh(np.array(jax.devices()[:8]), ('data',))
-
-  def place(a):
-    spec = PartitionSpec('data' if a.ndim > 2 else None)
-    return jax.device_put(a, NamedSharding(mesh, spec))
-
-  placed = jax.tree.map(place, (args, cotangents))
   # The strict interpreter hangs inside shard_map on jax 0.10.
-  f = make_run(interpret=True, mesh=mesh, batch_axes='data')
-  compiled = f.lower(*placed).compile()
-  assert 'all-gather' not in compiled.as_text()
-  assert 'all-reduce' in compiled.as_text()  # dA and dD
-  got, want = compiled(*placed), make_run(interpret=True)(args, cotangents)
-  for name in got:
-    np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-4)
+  make = functools.partial(make_run, interpret=True)
+  got, whole = run_sharded(make, *make_case(66))
+  for name, want in make()(*whole).items():
+    np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-4)
 
 
 def tpu_sharding(chip):
