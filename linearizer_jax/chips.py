@@ -7,11 +7,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published peaks of a TPU chip: bfloat16 FLOP/s, bytes/s, bytes of HBM."""
+  """Published peaks: bfloat16 FLOP/s without sparsity, bytes/s, memory's bytes.
 
-  flops: float
-  bandwidth: float
-  memory: int
+  `options` are those of a TPU topology. None is what is not known.
+  """
+
+  flops: float | None = None
+  bandwidth: float | None = None
+  memory: int | None = None
   options: dict = dataclasses.field(default_factory=dict)
 
 
@@ -22,53 +25,40 @@ CHIPS = {
   'v5p': Chip(459e12, 2765e9, 95 * GIB, MEGACORE),
   'v6e': Chip(918e12, 1640e9, 32 * GIB),
 }
-# bfloat16 FLOP/s without sparsity by the start of `device.device_kind`; of two
-# that fit the longer one counts.
-PEAK_FLOPS = {
-  'TPU v4': CHIPS['v4'].flops,
-  'TPU v5 lite': CHIPS['v5e'].flops,
-  'TPU v5e': CHIPS['v5e'].flops,
-  'TPU v5': CHIPS['v5p'].flops,
-  'TPU v5p': CHIPS['v5p'].flops,
-  'TPU v6 lite': CHIPS['v6e'].flops,
-  'TPU v6e': CHIPS['v6e'].flops,
-  'NVIDIA A100': 312e12,
-  'NVIDIA H100 80GB HBM3': 989e12,
-  'NVIDIA H100 PCIe': 756e12,
-  'NVIDIA H200': 989e12,
-}
-# Likewise bytes/s of the device's memory.
-PEAK_BANDWIDTH = {
-  'TPU v4': CHIPS['v4'].bandwidth,
-  'TPU v5 lite': CHIPS['v5e'].bandwidth,
-  'TPU v5e': CHIPS['v5e'].bandwidth,
-  'TPU v5': CHIPS['v5p'].bandwidth,
-  'TPU v5p': CHIPS['v5p'].bandwidth,
-  'TPU v6 lite': CHIPS['v6e'].bandwidth,
-  'TPU v6e': CHIPS['v6e'].bandwidth,
-  'NVIDIA A100-SXM4-40GB': 1555e9,
-  'NVIDIA A100-SXM4-80GB': 2039e9,
-  'NVIDIA A100-PCIE-40GB': 1555e9,
-  'NVIDIA A100 80GB PCIe': 1935e9,
-  'NVIDIA H100 80GB HBM3': 3350e9,
-  'NVIDIA H100 PCIe': 2000e9,
-  'NVIDIA H200': 4800e9,
+# By the start of `device.device_kind`; of several that fit the longest counts.
+DEVICE_KINDS = {
+  'TPU v4': CHIPS['v4'],
+  'TPU v5 lite': CHIPS['v5e'],
+  'TPU v5e': CHIPS['v5e'],
+  'TPU v5': CHIPS['v5p'],
+  'TPU v5p': CHIPS['v5p'],
+  'TPU v6 lite': CHIPS['v6e'],
+  'TPU v6e': CHIPS['v6e'],
+  'NVIDIA A100': Chip(312e12),
+  'NVIDIA A100-SXM4-40GB': Chip(312e12, 1555e9),
+  'NVIDIA A100-SXM4-80GB': Chip(312e12, 2039e9),
+  'NVIDIA A100-PCIE-40GB': Chip(312e12, 1555e9),
+  'NVIDIA A100 80GB PCIe': Chip(312e12, 1935e9),
+  'NVIDIA H100 80GB HBM3': Chip(989e12, 3350e9),
+  'NVIDIA H100 PCIe': Chip(756e12, 2000e9),
+  'NVIDIA H200': Chip(989e12, 4800e9),
 }
 
 
 def peak_flops(device):
   """bfloat16 FLOP/s of a jax device, None where the table has no row."""
-  return _by_kind(PEAK_FLOPS, device)
+  return _chip(device).flops
 
 
 def peak_bandwidth(device):
-  """Bytes/s of a jax device's memory, None where the table has no row."""
-  return _by_kind(PEAK_BANDWIDTH, device)
+  """Bytes/s of a jax device's memory, None where the table does not say."""
+  return _chip(device).bandwidth
 
 
-def _by_kind(table, device):
-  names = [name for name in table if device.device_kind.startswith(name)]
-  return table[max(names, key=len)] if names else None
+def _chip(device):
+  kind = device.device_kind
+  names = [name for name in DEVICE_KINDS if kind.startswith(name)]
+  return DEVICE_KINDS[max(names, key=len)] if names else Chip()
 
 
 def step_flops(step, *args):

@@ -245,7 +245,7 @@ def test_some_updates_may_be_left_out(tmp_path, monkeypatch, caplog):
 
 def test_what_a_run_shows(tmp_path, monkeypatch):
   drawn = []
-  monkeypatch.setitem(chips.PEAK_FLOPS, 'cpu', 1e12)
+  monkeypatch.setitem(chips.DEVICE_KINDS, 'cpu', chips.Chip(1e12))
   monkeypatch.setattr(
     metrics.MetricWriter,
     'image',
