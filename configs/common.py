@@ -3,18 +3,14 @@
 import ml_collections
 from ml_collections import config_dict
 
+# None of the paper's losses, and a whole image for the student.
+WHOLE = dict(match_weight=0.0, mask_weight=0.0, mask_ratio=0.0)
 # What a student learns by, `losses=NAME` after the colon of --config: the
 # paper's matching and masked prediction, or the features of every token and the
 # class token, which won in miniature (docs/results.md, table `recipes`).
 LOSSES = {
   'paper': {},
-  'features': dict(
-    match_weight=0.0,
-    mask_weight=0.0,
-    mask_ratio=0.0,
-    feature_weight=1.0,
-    class_weight=1.0,
-  ),
+  'features': WHOLE | dict(feature_weight=1.0, class_weight=1.0),
 }
 
 

@@ -17,13 +17,7 @@ LOSSES = {
   'matching': dict(mask_weight=0.0, mask_ratio=0.75, class_weight=0.0),
   'prediction': dict(match_weight=0.0, class_weight=0.0),
   'both': dict(class_weight=0.0),
-  'features': dict(
-    match_weight=0.0,
-    mask_weight=0.0,
-    mask_ratio=0.0,
-    class_weight=0.0,
-    feature_weight=1.0,
-  ),
+  'features': common.WHOLE | dict(class_weight=0.0, feature_weight=1.0),
 }
 # Of the supervised student; the best of the three counts.
 RATES = {'low': 1e-3, 'middle': 2e-3, 'high': 4e-3}

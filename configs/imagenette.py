@@ -33,16 +33,13 @@ H200 and 20 minutes, and was not run by us.
 
 from configs import common
 
-# None of the paper's losses, and a whole image for the student.
-WHOLE = dict(match_weight=0.0, mask_weight=0.0, mask_ratio=0.0)
-FEATURES = WHOLE | dict(feature_weight=1.0)
 NARROW, WIDE = 0.5, 2.0  # of the width of the scale
 # table -> row -> what differs from the paper's method, which is `both`. A row
 # called `none` is not distilled. Every table has `none` and `both`.
 LOSSES = {
   'none': {},
-  'logits': dict(distill=WHOLE | dict(logit_weight=1.0)),
-  'features': dict(distill=FEATURES),
+  'logits': dict(distill=common.WHOLE | dict(logit_weight=1.0)),
+  'features': dict(distill=common.WHOLE | dict(feature_weight=1.0)),
   'prediction': dict(distill=dict(match_weight=0.0)),
   'matching': dict(distill=dict(mask_weight=0.0)),
   'both': {},
