@@ -39,6 +39,7 @@ from linearizer_jax.kernels.ssd.shapes import SHAPES
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs/benchmarks.md'
 ROUNDS = (3, 30)  # fewest and most, whatever --seconds
+COMPARING = 430.0  # --seconds of --all
 TOPOLOGIES = {
   'v4': 'v4:2x2x1',
   'v5e': 'v5e:2x2',
@@ -107,10 +108,14 @@ def compare(options):
   from linearizer_jax.kernels.compare import run, table
 
   command = 'python kernels/bench.py --all'
-  for name in ('shapes', 'implementations', 'dtype', 'max_gib', 'mamba_ssm'):
-    if value := getattr(options, name):
-      several = value if isinstance(value, list) else [str(value)]
-      several = ['DIR'] if name == 'mamba_ssm' else several
+  told = vars(options) | {
+    'mamba_ssm': options.mamba_ssm and 'DIR',
+    'seconds': options.seconds if options.seconds != COMPARING else None,
+  }
+  names = 'shapes', 'implementations', 'dtype', 'max_gib', 'mamba_ssm'
+  for name in (*names, 'seconds'):
+    if value := told[name]:
+      several = value if isinstance(value, list) else [f'{value}']
       command += f' --{name} {" ".join(several)}'
   print('\n' + table.shapes(run.run(options, command)))
 
@@ -136,7 +141,7 @@ def parse_arguments():
     '--seconds',
     type=float,
     help='per shape and direction (default 10), with --all for everything '
-    '(default 430)',
+    f'(default {COMPARING:g})',
   )
   parser.add_argument(
     '--max_gib',
@@ -190,7 +195,7 @@ def _for_all(parser, options):
   """Options of --all; what would fail after minutes is an error now."""
   from linearizer_jax.kernels.compare import mamba
 
-  options.seconds = options.seconds or 430
+  options.seconds = options.seconds or COMPARING
   options.out, options.docs = options.out or 'bench.json', options.docs or DOCS
   for path in (options.out, options.docs):
     if not pathlib.Path(path).resolve().parent.is_dir():
@@ -285,6 +290,12 @@ def static_figures(compiled):
     'gflop': cost.get('flops', 0) / 1e9,
     'mib_accessed': cost.get('bytes accessed', 0) / 2**20,
   }
+
+
+def first_line(error):
+  """Why a program has no figures: the error's kind, and what it says first."""
+  text = str(error).strip().splitlines() or ['']
+  return f'{type(error).__name__}: {text[0][:200]}'
 
 
 def median_times(calls, seconds):

@@ -14,8 +14,8 @@ import pytest
 
 from linearizer_jax.kernels import bench
 from linearizer_jax.kernels.compare import (
+  counts,
   exact,
-  figures,
   jax_programs,
   run,
   table,
@@ -111,28 +111,28 @@ def test_samples_are_taken_in_turns():
 # --------------------------------------------------------------------- tables
 
 
-def test_figures_of_a_shape():
+def test_counts_of_a_shape():
   shape = SHAPES['base_224']
-  forward = figures.bytes_moved('xla', shape, 'forward', 'bfloat16')
+  forward = counts.bytes_moved('xla', shape, 'forward', 'bfloat16')
   assert forward / 2**20 == pytest.approx(157, abs=0.5)  # as XLA counts it
   # Tokens, inside chunks of 128, and the states; two FLOPs each.
   products = 128 * (64 + 1536) + 2 * 64 * 1536
-  assert figures.flops('xla', shape, 'forward') == 2 * 128 * 198 * products
-  assert figures.attention_heads(shape) == 12
-  attention = figures.flops('attention, flash', shape, 'forward+backward')
+  assert counts.flops('xla', shape, 'forward') == 2 * 128 * 198 * products
+  assert counts.attention_heads(shape) == 12
+  attention = counts.flops('attention, flash', shape, 'forward+backward')
   assert attention == 3 * 4 * 128 * 198**2 * 768
   row = {'program': 'xla', 'direction': 'forward', 'milliseconds': 1.0}
   peaks = {'peak_flops': 989e12, 'peak_bandwidth': 4.8e12}
-  rates = figures.derived(row, shape, 'bfloat16', peaks)
+  rates = counts.derived(row, shape, 'bfloat16', peaks)
   assert rates['gb_per_second'] == pytest.approx(forward / 1e6)
   assert rates['bandwidth_share'] == pytest.approx(forward / 4.8e9)
-  rates = figures.derived(row, shape, 'float32', peaks)
+  rates = counts.derived(row, shape, 'float32', peaks)
   assert rates['flops_share'] is None
   row['milliseconds'] = None
-  assert set(figures.derived(row, shape, 'float32', peaks).values()) == {None}
-  assert figures.repeats(0.05) == 200
-  assert figures.repeats(3.0) == 7
-  assert figures.repeats(500.0) == 1
+  assert set(counts.derived(row, shape, 'float32', peaks).values()) == {None}
+  assert counts.repeats(0.05) == 200
+  assert counts.repeats(3.0) == 7
+  assert counts.repeats(500.0) == 1
 
 
 def test_the_page_says_how_much_faster():
@@ -153,7 +153,7 @@ def test_the_page_says_how_much_faster():
   peaks = {'peak_flops': 989e12, 'peak_bandwidth': 4.8e12}
   shape = SHAPES['base_224']
   for row in rows:
-    row |= figures.derived(row, shape, 'bfloat16', peaks)
+    row |= counts.derived(row, shape, 'bfloat16', peaks)
   results = peaks | {
     'device': 'NVIDIA H200', 'platform': 'gpu', 'dtype': 'bfloat16',
     'command': 'python kernels/bench.py --all', 'jax': '0.0', 'rows': rows,
@@ -163,10 +163,10 @@ def test_the_page_says_how_much_faster():
   assert '| pallas_gpu | 0.1 | 2.0e-03 | 99 | 1646 (34%) | 203 (21%) |' in text
   assert '| mamba_ssm | 0.25 (Q 128) |' in text
   assert (
-    'pallas_gpu is as fast as mamba_ssm 2.50 times forward, 2.50 times '
+    'The speed of pallas_gpu against mamba_ssm: 2.50 times forward, 2.50 times '
     'forward+backward.'
   ) in text
-  assert 'as fast as late' not in text
+  assert 'against late' not in text
   assert 'late, forward: no answer in 9 s.' in text
   assert 'KiB a token: 4 forward, 4 forward+backward' in text
   assert 'base_512' not in text
@@ -215,7 +215,7 @@ def test_one_command(monkeypatch, tmp_path, capsys):
   page.write_text('# Page\n')
   monkeypatch.setattr(run, 'Worker', Kept)
   monkeypatch.setattr(run, 'write', write)
-  monkeypatch.setattr(run, 'ROUNDS', (2, 2))
+  monkeypatch.setattr(bench, 'ROUNDS', (2, 2))
   monkeypatch.setitem(api.IMPLEMENTATIONS, 'pallas_cpu', cannot)
   monkeypatch.setitem(SHAPES, 'tiny', TINY)
   monkeypatch.setitem(SHAPES, 'one', Shape(1, 3, 2, 8, 4))
@@ -242,7 +242,10 @@ def test_one_command(monkeypatch, tmp_path, capsys):
     assert row['mib'] > 0
   text = page.read_text()
   assert text.startswith('# Page\n')
-  assert 'bench.py --all --shapes tiny one --implementations pallas_' in text
+  assert (
+    'bench.py --all --shapes tiny one --implementations pallas_cpu xla_scan '
+    '--seconds 100000.0\n'
+  ) in text
   assert text.count('<!-- begin scan cpu -->') == 1
   assert '**tiny**: batch 2, 19 tokens, 4 heads of 8, state 4' in text
   assert 'pallas_cpu, forward: NotImplementedError: this device' in text
@@ -259,7 +262,8 @@ def test_a_spent_budget_is_said(monkeypatch):
   rows = run.measure(
     'tiny',
     lambda folder: {'xla': (jax_programs.Scan, 'xla', folder, TINY, 'float32')},
-    ('float32', {'peak_flops': None, 'peak_bandwidth': None}),
+    'float32',
+    {'peak_flops': None, 'peak_bandwidth': None},
     time.monotonic() - 1,
     None,
     set(),
@@ -281,7 +285,8 @@ def test_a_kernel_that_hangs_is_not_waited_for_again(monkeypatch):
     rows = run.measure(
       'tiny',
       lambda folder: {'pallas_gpu': (int,), 'mamba_ssm': (int,)},
-      ('float32', {'peak_flops': None, 'peak_bandwidth': None}),
+      'float32',
+      {'peak_flops': None, 'peak_bandwidth': None},
       time.monotonic() + 1e5,
       lambda timeout: None,
       hung,
@@ -323,7 +328,7 @@ def test_which_programs_run_on_a_gpu():
 
 
 def test_several_sets_in_one_program(monkeypatch):
-  monkeypatch.setattr(figures, 'SETS', 3)
+  monkeypatch.setattr(counts, 'SETS', 3)
   scan = jax_programs.Scan('reference', None, TINY, 'bfloat16')
   inputs, function = scan.inputs(), scan.function('forward')
   *_, last = results = scan._many(function, inputs)()

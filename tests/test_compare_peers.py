@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from test_compare import TINY, folder  # noqa: F401 (a fixture)
 
-from linearizer_jax.kernels.compare import exact, figures, mamba, torch_programs
+from linearizer_jax.kernels.compare import counts, exact, mamba, torch_programs
 from linearizer_jax.kernels.ssd.shapes import Shape
 
 SOURCE = """
@@ -179,7 +179,7 @@ def test_attention_in_torch_is_that_of_jax(cuda):
   assert 'errors' not in row
   assert program.sample('forward+backward') > 0
   y, *gradients = program.function('forward+backward')(*program.sets()[0])
-  *qkv, cotangent = (jnp.asarray(a) for a in figures.draw_attention(shape))
+  *qkv, cotangent = (jnp.asarray(a) for a in counts.draw_attention(shape))
   expected, pullback = jax.vjp(jax.nn.dot_product_attention, *qkv)
   for a, b in zip(
     (y, *gradients), (expected, *pullback(cotangent)), strict=True

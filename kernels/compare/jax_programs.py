@@ -9,7 +9,7 @@ import numpy as np
 
 from linearizer_jax import chips
 from linearizer_jax.kernels import bench
-from linearizer_jax.kernels.compare import exact, figures
+from linearizer_jax.kernels.compare import counts, exact
 
 
 class JaxProgram:
@@ -58,15 +58,15 @@ class JaxProgram:
         [np.asarray(a, np.float32) for a in jax.tree.leaves(result)],
       )
     del result
-    row['called_milliseconds'] = milliseconds = figures.settled(
+    row['called_milliseconds'] = milliseconds = counts.settled(
       functools.partial(self._time, call)
     )
     calls = 1
-    if self.device.platform != 'cpu' and milliseconds < figures.MANY_BELOW_MS:
-      call, calls = self._many(function, inputs), figures.SETS
-      milliseconds = figures.settled(functools.partial(self._time, call))
+    if self.device.platform != 'cpu' and milliseconds < counts.MANY_BELOW_MS:
+      call, calls = self._many(function, inputs), counts.SETS
+      milliseconds = counts.settled(functools.partial(self._time, call))
       milliseconds /= calls
-    repeats = figures.repeats(milliseconds * calls)
+    repeats = counts.repeats(milliseconds * calls)
     self._calls[direction] = call, repeats, calls
     return row
 
@@ -88,7 +88,7 @@ class JaxProgram:
       jax.tree.map(
         lambda a, i=i: jnp.roll(a, i, axis=1) if a.ndim > 1 else a, inputs
       )
-      for i in range(figures.SETS)
+      for i in range(counts.SETS)
     )
 
     def run(*sets):
@@ -126,7 +126,7 @@ class Attention(JaxProgram):
 
   def inputs(self):
     q, k, v, cotangent = (
-      jnp.asarray(a, self.dtype) for a in figures.draw_attention(self.shape)
+      jnp.asarray(a, self.dtype) for a in counts.draw_attention(self.shape)
     )
     return (q, k, v), cotangent
 

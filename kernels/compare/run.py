@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
-from linearizer_jax.kernels import sections
+from linearizer_jax.kernels import bench, sections
 from linearizer_jax.kernels.compare import (
+  counts,
   exact,
-  figures,
   jax_programs,
   mamba,
   table,
@@ -24,7 +24,6 @@ from linearizer_jax.kernels.compare.worker import Worker, WorkerError
 from linearizer_jax.kernels.ssd import api
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
-ROUNDS = (3, 30)  # fewest and most
 PREPARING = 0.85  # share of a shape's time after which nothing is compiled
 SAMPLING = 40  # most seconds a shape is sampled
 PATIENCE = 45  # fewest seconds that an answer is waited for
@@ -79,7 +78,8 @@ def run(options, command):
       functools.partial(
         programs, platform, options, SHAPES[name], dtype, max_gib
       ),
-      (dtype, results),
+      dtype,
+      results,
       time.monotonic() + share,
       before_triton,
       hung,
@@ -113,21 +113,16 @@ def programs(platform, options, shape, dtype, max_gib, folder):
     name: (jax_programs.Scan, name, folder, *what, max_gib) for name in names
   }
   if platform == 'gpu':
-    source = options.mamba_ssm
-    torch_attention = functools.partial(_attention_in_torch, what)
+    source, attention = options.mamba_ssm, torch_programs.Attention
     peers = {
       'mamba_ssm': (torch_programs.MambaScan, source, folder, *what),
-      f'{figures.ATTENTION}, cuDNN in JAX': (jax_programs.Attention, *what),
-      f'{figures.ATTENTION}, flash in torch': torch_attention('FLASH'),
-      f'{figures.ATTENTION}, cuDNN in torch': torch_attention('CUDNN'),
+      'attention, cuDNN in JAX': (jax_programs.Attention, *what),
+      'attention, flash in torch': (attention, 'FLASH_ATTENTION', *what),
+      'attention, cuDNN in torch': (attention, 'CUDNN_ATTENTION', *what),
     }
-    later = {n: found.pop(n) for n in ('xla_scan',) if n in found}
-    found |= peers | later
+    last = {n: found.pop(n) for n in ('xla_scan',) if n in found}
+    found |= peers | last
   return found
-
-
-def _attention_in_torch(what, backend):
-  return torch_programs.Attention, f'{backend}_ATTENTION', *what
 
 
 def start_compilers(folder, names, dtype):
@@ -153,13 +148,14 @@ def start_compilers(folder, names, dtype):
   return wait
 
 
-def measure(name, make_programs, known, end, before_triton, hung):
+def measure(name, make_programs, dtype, peaks, end, before_triton, hung):
   """Rows of one shape: prepared one after another, then sampled in turns.
 
   Args:
     name: of the shape.
     make_programs: folder of exact results -> {program: arguments of Worker}.
-    known: (dtype, device's peaks).
+    dtype: of the run.
+    peaks: mapping with the device's 'peak_flops' and 'peak_bandwidth'.
     end: of time.monotonic().
     before_triton: called with seconds before mamba_ssm is tuned.
     hung: kernels of ours that gave no answer at an earlier shape, which are not
@@ -168,9 +164,9 @@ def measure(name, make_programs, known, end, before_triton, hung):
   Returns:
     A row for each program and direction: 'shape', 'program', 'direction',
     'milliseconds', 'samples', 'error' (the largest of 'errors'), 'reason' where
-    there is no time, what `prepare` gives, and `figures.derived`.
+    there is no time, what `prepare` gives, and `counts.derived`.
   """
-  shape, (dtype, peaks) = SHAPES[name], known
+  shape = SHAPES[name]
   prepare_end = end - (1 - PREPARING) * (end - time.monotonic())
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
 
@@ -192,14 +188,14 @@ def measure(name, make_programs, known, end, before_triton, hung):
     for program, worker in workers.items():
       if program == 'mamba_ssm':
         before_triton((prepare_end - time.monotonic()) / 2)
-      for direction in figures.DIRECTIONS:
+      for direction in counts.DIRECTIONS:
         row = {'shape': name, 'program': program, 'direction': direction}
         rows.append(row | prepare(worker, direction, prepare_end))
         if is_hung(rows[-1]):
           hung.add(program)
     sample(rows, workers, min(end - time.monotonic(), SAMPLING))
   for row in rows:
-    row |= figures.derived(row, shape, dtype, peaks)
+    row |= counts.derived(row, shape, dtype, peaks)
     print(json.dumps(row), flush=True)
   return rows
 
@@ -263,8 +259,8 @@ def in_turns(calls, seconds):
   """
   found = {key: ([], None) for key in calls}
   start = time.monotonic()
-  for i in range(ROUNDS[1]):
-    if i >= ROUNDS[0] and time.monotonic() - start > seconds:
+  for i in range(bench.ROUNDS[1]):
+    if i >= bench.ROUNDS[0] and time.monotonic() - start > seconds:
       break
     for key, (values, reason) in found.items():
       if reason is None:

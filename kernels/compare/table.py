@@ -1,6 +1,6 @@
 """The results of a comparison as Markdown."""
 
-from linearizer_jax.kernels.compare import figures
+from linearizer_jax.kernels.compare import counts
 
 _HEADER = (
   '| program | forward ms | error | MiB | GB/s | TFLOP/s '
@@ -19,8 +19,7 @@ def page(results):
     for name in ('jax', 'torch', 'triton', 'mamba_ssm')
     if results.get(name)
   ]
-  platform = results['platform']
-  where = platform.upper()
+  where = results['platform'].upper()
   return '\n'.join(
     [
       f'## The SSD scan and its peers on a {where}',
@@ -66,7 +65,7 @@ def _notes(results):
     'is the relative L2 distance to float64 on the same inputs, of y forward '
     'and the largest of y and all gradients with backward. MiB is the peak '
     'beside the arguments. GB/s counts every argument and result once, TFLOP/s '
-    f'the products of the method (scan: chunks of {figures.CHUNK}){peaks}.'
+    f'the products of the method (scan: chunks of {counts.CHUNK}){peaks}.'
   )
 
 
@@ -76,7 +75,7 @@ def _table(rows):
   for program in dict.fromkeys(row['program'] for row in rows):
     own = {r['direction']: r for r in rows if r['program'] == program}
     cells = [program]
-    for direction in figures.DIRECTIONS:
+    for direction in counts.DIRECTIONS:
       row = own[direction]
       chunk = row.get('chunk_size')
       ms = _number(row['milliseconds'])
@@ -98,11 +97,11 @@ def _ratios(rows):
   for kernel in (n for n in names if n.startswith('pallas')):
     for other in names:
       pairs = [
-        (times[other, d], times[kernel, d], d) for d in figures.DIRECTIONS
+        (times[other, d], times[kernel, d], d) for d in counts.DIRECTIONS
       ]
       said = [f'{a / b:.2f} times {d}' for a, b, d in pairs if a and b]
       if other != kernel and said:
-        yield f'- {kernel} is as fast as {other} {", ".join(said)}.'
+        yield f'- The speed of {kernel} against {other}: {", ".join(said)}.'
 
 
 def _memory(rows, sizes):

@@ -4,8 +4,7 @@ import functools
 import time
 
 from linearizer_jax.kernels import bench
-from linearizer_jax.kernels.compare import exact, figures, mamba
-from linearizer_jax.kernels.compare.worker import first_line
+from linearizer_jax.kernels.compare import counts, exact, mamba
 
 # Milliseconds that Triton tunes a configuration with; its own are 25 and 100.
 TUNING = {'warmup': 3, 'rep': 15}
@@ -44,7 +43,7 @@ class TorchProgram:
     call, calls = self._many(function)
     if calls == 1:
       row['note'] = 'called one by one: it cannot be captured as a CUDA graph'
-    repeats = figures.repeats(self._settled(call))
+    repeats = counts.repeats(self._settled(call))
     self._calls[direction] = call, repeats, calls
     return row
 
@@ -56,11 +55,14 @@ class TorchProgram:
   def sets(self):
     """Sets of arguments on the device: the first is the one compared."""
     if self._sets is None:
+
+      def moved(a, by):
+        return a.roll(by, 1) if a.ndim > 1 else a.clone()
+
       args, cotangent = self.inputs()
-      roll = lambda a, i: a.roll(i, 1) if a.ndim > 1 else a.clone()  # noqa: E731
       self._sets = [
-        ([roll(a, i).requires_grad_() for a in args], roll(cotangent, i))
-        for i in range(figures.SETS)
+        ([moved(a, i).requires_grad_() for a in args], moved(cotangent, i))
+        for i in range(counts.SETS)
       ]
     return self._sets
 
@@ -89,7 +91,7 @@ class TorchProgram:
 
   def _settled(self, call):
     call()
-    return figures.settled(functools.partial(self._time, call))
+    return counts.settled(functools.partial(self._time, call))
 
   def _time(self, call, repeats):
     self.torch.cuda.synchronize()
@@ -112,7 +114,7 @@ class TorchProgram:
   def _many(self, function):
     """(what to call, how many calls that makes): a graph where it can be."""
     try:
-      return self._graph(function), figures.SETS
+      return self._graph(function), counts.SETS
     except RuntimeError:
       return functools.partial(function, *self.sets()[0]), 1
 
@@ -177,7 +179,7 @@ class MambaScan(TorchProgram):
         call, calls = self._many(function)
         tried[chunk] = self._settled(call) / calls
       except Exception as error:  # the others may work
-        failed[chunk] = first_line(error)
+        failed[chunk] = bench.first_line(error)
     if not tried:
       raise RuntimeError(f'at no chunk size: {failed}')
     best = min(tried, key=tried.get)
@@ -199,7 +201,7 @@ class Attention(TorchProgram):
   def inputs(self):
     # (B, heads, L, 64) as views of (B, L, heads, 64), as in a network.
     *args, cotangent = (
-      self.on_device(a, self.dtype) for a in figures.draw_attention(self.shape)
+      self.on_device(a, self.dtype) for a in counts.draw_attention(self.shape)
     )
     return args, cotangent
 

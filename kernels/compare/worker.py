@@ -3,6 +3,8 @@
 import multiprocessing
 import time
 
+from linearizer_jax.kernels.bench import first_line
+
 
 class WorkerError(Exception):
   """What was asked for did not come; says why in one line."""
@@ -85,9 +87,3 @@ def serve(pipe, factory, args):
       except Exception as error:  # whatever it is becomes a line of the table
         answer = False, first_line(error)
     pipe.send(answer)
-
-
-def first_line(error):
-  """An error in a line: its kind and the first line of what it says."""
-  text = str(error).strip().splitlines() or ['']
-  return f'{type(error).__name__}: {text[0][:200]}'

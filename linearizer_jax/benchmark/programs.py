@@ -16,7 +16,6 @@ import optax
 from linearizer_jax import models, steps
 from linearizer_jax.benchmark import flops
 from linearizer_jax.kernels import bench
-from linearizer_jax.kernels.compare.worker import first_line
 from linearizer_jax.models.teachers import IMAGENET
 from linearizer_jax.tasks import classify
 
@@ -178,7 +177,7 @@ def measure(programs, seconds, deadline, limit_gib):
       once = time.monotonic() - began
       after = _device_peak(program.device)
     except REFUSALS as error:
-      row['reason'] = first_line(error)
+      row['reason'] = bench.first_line(error)
       calls.pop(id(row), None)
       continue
     row['device_peak_gib'] = after / GIB if after > before else None
@@ -192,7 +191,7 @@ def measure(programs, seconds, deadline, limit_gib):
     medians = bench.median_times([calls[id(row)] for row in timed], seconds)
   except REFUSALS as error:  # each fits alone, but not beside the others
     for row in timed:
-      row['reason'] = first_line(error)
+      row['reason'] = bench.first_line(error)
     return rows
   for row, median in zip(timed, medians, strict=True):
     row['milliseconds'] = median

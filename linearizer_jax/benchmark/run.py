@@ -9,7 +9,7 @@ import jax
 
 from linearizer_jax import models
 from linearizer_jax.benchmark import programs
-from linearizer_jax.kernels.compare.worker import first_line
+from linearizer_jax.kernels import bench
 from linearizer_jax.models import vit
 
 _log = logging.getLogger('linearizer_jax')
@@ -111,7 +111,7 @@ def compile_all(cases, device, deadline, refusals=programs.REFUSALS):
     try:
       return programs.Program(case, device)
     except refusals as error:
-      return first_line(error)
+      return bench.first_line(error)
 
   workers = max(1, (os.cpu_count() or 2) // 2)
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:

@@ -39,7 +39,10 @@ def settled(time_calls):
 
 
 def bytes_moved(program, shape, direction, dtype):
-  """Bytes of all arguments and results, each once: what has to be moved."""
+  """Bytes of arguments and results, each once: what has to be moved.
+
+  But for A and D, which are a number a head.
+  """
   item = 2 if dtype == 'bfloat16' else 4
   tokens = shape.batch * shape.length
   if program.startswith(ATTENTION):
