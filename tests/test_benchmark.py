@@ -306,7 +306,11 @@ def test_torch_student_against_a_plain_vit(tmp_path, monkeypatch):
 def test_wrong_arguments(capsys):
   assert '512x' in __main__.main(['--sizes=512x'])
   assert "'0x224'" in __main__.main(['--sizes=0x224'])
-  assert 'takes no --dtype' in __main__.main(['--torch', '--dtype=bfloat16'])
+  for arguments, message in (
+    (['--torch', '--dtype=bfloat16'], '--dtype would have no effect: --torch'),
+    (['--batch=8'], '--batch would have no effect: they go with --distill'),
+  ):
+    assert message in __main__.main(arguments)
   assert 'no such file' in __main__.main(['--table=/none.json']).lower()
 
 
@@ -358,7 +362,7 @@ def test_distillations_that_are_none():
   assert "expected 'distill'" in __main__.main(
     ['--distill=configs/finetune_imagenet.py:smoke']
   )
-  assert 'takes no --sizes' in __main__.main(
+  assert '--sizes would have no effect' in __main__.main(
     ['--distill=configs/distill_base.py', '--sizes=32']
   )
 

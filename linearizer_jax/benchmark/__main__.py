@@ -89,7 +89,7 @@ def make_parser():
     'such as configs/distill_base.py',
   )
   parser.add_argument(
-    '--batch', type=int, default=256, help='with --distill: images a step'
+    '--batch', type=int, help='with --distill: images a step (default 256)'
   )
   parser.add_argument(
     '--implementations',
@@ -118,12 +118,20 @@ def parse_sizes(text):
   return sizes
 
 
+def refuse(options, *names, why):
+  """Raises ValueError for options that were given and have no effect."""
+  given = [f'--{name}' for name in names if getattr(options, name)]
+  if given:
+    raise ValueError(f'{", ".join(given)} would have no effect: {why}.')
+
+
 def measure(options):
   """Results of the JAX models on the first device."""
   import jax
 
   from linearizer_jax.benchmark import run
 
+  refuse(options, 'batch', 'implementations', why='they go with --distill')
   device = jax.devices()[0]
   kind = 'cpu' if device.platform == 'cpu' else 'accelerator'
   dtype = options.dtype or ('float32' if kind == 'cpu' else 'bfloat16')
@@ -144,16 +152,10 @@ def measure_torch(options):
   """Results of the exported student and a plain ViT in PyTorch."""
   from linearizer_jax.benchmark import torch_cpu
 
-  ignored = [
-    f'--{name}'
-    for name in ('dtype', 'tokens', 'max_gib')
-    if getattr(options, name) is not None
-  ]
-  if ignored:
-    raise ValueError(
-      f'--torch takes no {", ".join(ignored)}: it times one and '
-      f'{torch_cpu.BATCHES["full"]} images in float32.'
-    )
+  timed = f'one and {torch_cpu.BATCHES["full"]} images in float32'
+  names = 'dtype', 'tokens', 'max_gib'
+  refuse(options, *names, why=f'--torch times {timed}')
+  refuse(options, 'batch', 'implementations', why='they go with --distill')
   return torch_cpu.run(
     options.models or MODELS['accelerator'],
     parse_sizes(options.sizes or SIZES['torch']),
@@ -167,17 +169,12 @@ def measure_distillation(options):
 
   from linearizer_jax.benchmark import distill
 
-  ignored = [
-    f'--{name}'
-    for name in ('torch', 'models', 'sizes', 'tokens', 'dtype')
-    if getattr(options, name)
-  ]
-  if ignored:
-    raise ValueError(f'--distill takes no {", ".join(ignored)}.')
+  names = 'torch', 'models', 'sizes', 'tokens', 'dtype'
+  refuse(options, *names, why='they do not go with --distill')
   return distill.run(
     options.distill,
     device=jax.devices()[0],
-    batch=options.batch,
+    batch=options.batch or 256,
     implementations=options.implementations,
     seconds=options.seconds,
     max_gib=options.max_gib,
