@@ -6,10 +6,12 @@ follows a colon goes to the config file, `--config=configs/digits.py:smoke`.
 
 import argparse
 import difflib
+import linecache
 import os
 import re
 import runpy
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -18,7 +20,9 @@ DEFAULT = 'configs/digits.py'  # of --config
 
 
 def explain(argv):
-  """Exits with one line where a field or the config file is not there.
+  """Exits with one line where the config file or a field is not there.
+
+  Or where the file refuses what follows its colon.
 
   Args:
     argv: the command line, with the program first.
@@ -29,7 +33,12 @@ def explain(argv):
   path, *argument = file.split(':', 1)
   if not os.path.isfile(path):
     sys.exit(f'--config={file}: there is no such file.')
-  config = runpy.run_path(path)['get_config'](*argument)
+  try:
+    config = runpy.run_path(path, run_name='configs')['get_config'](*argument)
+  except ValueError as error:
+    if not is_told(error):
+      raise
+    sys.exit(f'--config={file}: {error}')
   known = list(_fields(config.to_dict()))
   for word in argv:
     field = re.match(r'--?(?:no)?config\.([\w.]+)', word)
@@ -48,6 +57,17 @@ def _fields(config, prefix=''):
     yield prefix + name
     if isinstance(value, dict):
       yield from _fields(value, f'{prefix}{name}.')
+
+
+def is_told(error):
+  """Whether an error is one that a `raise` of our own tells the user.
+
+  What Python or a library raises is a fault: its traceback is of use.
+  """
+  frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
+  file, name = frame.f_code.co_filename, frame.f_globals['__name__']
+  ours = name.split('.')[0] in ('linearizer_jax', 'configs')
+  return ours and linecache.getline(file, line).lstrip().startswith('raise ')
 
 
 flags.DEFINE_string(
@@ -83,6 +103,16 @@ except (AttributeError, KeyError):
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'Unexpected arguments: {argv[1:]}')
+  try:
+    run_stages()
+  except Exception as error:
+    if not is_told(error):
+      raise
+    sys.exit(f'main.py: {error}')
+
+
+def run_stages():
+  """Plans or runs what the flags say."""
   if flags.FLAGS.plan:  # the chips are not here: nothing is to look for them
     os.environ['JAX_PLATFORMS'] = 'cpu'
   # Here, not above: worker processes of the data import this file as well.
@@ -116,11 +146,12 @@ def main(argv):
 def parse_flags(argv):
   """As absl does, but what `explain` knows ends in its line."""
   try:
-    rest = app.parse_flags_with_usage(argv)
+    rest = flags.FLAGS(argv)
     _ = flags.FLAGS.config.stages  # a file that is not there is missed here
     return rest
-  except (AttributeError, KeyError, OSError):
+  except (AttributeError, KeyError, OSError, flags.Error):
     explain(argv)
+    app.parse_flags_with_usage(argv)
     raise
 
 

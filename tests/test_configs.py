@@ -175,14 +175,43 @@ def test_images_are_normalised_as_the_weights_or_the_config_say():
     ('--config.mask_ratio=0.5', 'Did you mean --config.distill.mask_ratio?'),
     ('--config.epochs.x=1', 'Did you mean --config.epochs?'),
     ('--config=configs/digit.py', 'there is no such file'),
+    ('--config=configs/digits.py:loses', "unknown argument 'loses'"),
   ],
 )
 def test_a_mistyped_field_or_file_is_said_in_one_line(flag, said):
-  command = [sys.executable, 'main.py', flag]
-  done = subprocess.run(
-    command, cwd=FOLDER.parent, text=True, capture_output=True
-  )
+  done = run('main.py', flag)
   assert done.returncode == 1
   assert done.stderr.startswith(flag)
   assert said in done.stderr
   assert done.stderr.count('\n') == 1
+
+
+def run(*words):
+  """Python on these words, in the folder of main.py."""
+  return subprocess.run(
+    [sys.executable, *words], cwd=FOLDER.parent, text=True, capture_output=True
+  )
+
+
+def test_a_stage_that_cannot_start_is_said_in_one_line(tmp_path):
+  done = run('main.py', f'--workdir={tmp_path}', '--config.data.name=digit')
+  assert done.returncode == 1
+  assert done.stderr.startswith("main.py: data.name is 'digit', expected one")
+  assert done.stderr.count('\n') == 1
+
+
+def test_faults_keep_their_traceback():
+  """A `raise` of ours is meant for the user; what else is raised is not."""
+  code = """
+import main
+from configs import common
+
+def told(function, argument):
+  try:
+    function(argument)
+  except Exception as error:
+    return main.is_told(error)
+
+print(told(common.losses, 'x'), told(int, 'x'), told(common.smoke, 'x'))
+"""
+  assert run('-c', code).stdout == 'True False False\n'
