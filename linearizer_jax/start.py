@@ -97,15 +97,7 @@ def load_segment_head(params, source, workdir):
   if any(pathlib.Path(source).glob('*/checkpoints')):
     heads, info = checkpoint.load_params(source, stage=stage, role='heads')
     loaded = {'heads': heads, 'batch_stats': info['batch_stats'] or {}}
-    was = info['config']['segment'] | {
-      'num_classes': info['config']['data']['num_classes']
-    }
-    made = (
-      ' They were made with --config.segment.head={head} '
-      '--config.segment.channels={channels} '
-      '--config.segment.auxiliary_channels={auxiliary_channels} '
-      '--config.data.num_classes={num_classes}'
-    ).format(**was)
+    made = _made_with(info['config'])
   else:
     found = load.load(source).variables
     heads = {k: v for k, v in found['params'].items() if k != 'backbone'}
@@ -123,6 +115,19 @@ def load_segment_head(params, source, workdir):
     }
   except ValueError as error:
     raise ValueError(f'{error}{made}') from None
+
+
+def _made_with(config):
+  """What decides a segmenter's head, of the run that trained it."""
+  fields = {
+    f'segment.{name}': config['segment'][name]
+    for name in ('head', 'channels', 'auxiliary_channels')
+  }
+  data = config['data']
+  if data['num_classes'] is not None:  # else the data set knows it
+    fields['data.num_classes'] = data['num_classes']
+  flags = ' '.join(f'--config.{k}={value}' for k, value in fields.items())
+  return f' They were made on {data["name"]!r} with {flags}'
 
 
 def load_class_projection(source, workdir):
@@ -205,8 +210,12 @@ def load_network(config, source, role, shapes, workdir):
       found = load.load(
         source, image_size=config[role].image_size or config.data.image_size
       )
-      model = getattr(found.model, 'backbone', found.model)
-      check_sizes(source, role, model, models.from_config(config, role)[0])
+      old = getattr(found.model, 'backbone', found.model)
+      new, _ = models.from_config(config, role)
+      # A released file does not tell its flipped blocks, an export lists them.
+      tells = not isinstance(getattr(old, 'flip_blocks', ''), str)
+      names = (*SIZES, 'flip_blocks') if tells else SIZES
+      check_sizes(source, role, old, new, names)
       params = found.variables['params']
       return params.get('backbone', params)  # of a segmenter
     if row is None or not row.family:
@@ -247,6 +256,12 @@ def check_sizes(source, role, old, new, names=SIZES):
   Raises:
     ValueError: they differ; with the flags that make them agree.
   """
+  if type(old) is not type(new):
+    raise ValueError(
+      f'the weights of {source} are of the kind {type(old).__name__}, but '
+      f'config.{role}.name makes a network of the kind {type(new).__name__}: '
+      'change it, or give other weights.'
+    )
 
   def value(model, name):
     found = getattr(model, name, None)

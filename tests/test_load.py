@@ -136,6 +136,11 @@ def test_training_starts_from_released_weights(student_run, tmp_path):
     config, str(tmp_path / 'out'), 'student', params, tmp_path
   )
   jax.tree.map(np.testing.assert_array_equal, found, params)
+  config.student.flip_blocks = (0,)  # an export says which blocks it flips
+  with pytest.raises(ValueError, match=r'--config\.student\.flip_blocks='):
+    start.load_network(
+      config, str(tmp_path / 'out'), 'student', params, tmp_path
+    )
   target = {k: v for k, v in params.items() if k != 'head'} | {
     'mask_token': np.ones((1, 1, 64), np.float32),
     'head': {'kernel': np.zeros((64, 3)), 'bias': np.zeros(3)},

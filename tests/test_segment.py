@@ -228,6 +228,27 @@ def test_a_run_is_evaluated_again_or_refused(finished, tmp_path):
       start.load_segment_head(params, str(whole), tmp_path)
 
 
+@pytest.mark.parametrize(
+  ('data', 'said'),
+  [
+    ({'name': 'ade20k', 'num_classes': None}, r"'ade20k' .*_channels=8$"),
+    ({'name': 'folder', 'num_classes': 3}, r"'folder' .*data\.num_classes=3$"),
+  ],
+)
+def test_another_head_is_refused_with_its_flags(
+  data, said, tmp_path, monkeypatch
+):
+  """A number of classes that the data set knows is no flag to give."""
+  config = {'segment': tiny()['segment'], 'data': data}
+  info = {'config': config, 'batch_stats': None}
+  heads = {'classifier': np.zeros(3)}
+  monkeypatch.setattr(checkpoint, 'load_params', lambda *_, **__: (heads, info))
+  (tmp_path / 'stage/checkpoints').mkdir(parents=True)
+  params = {'heads': {'classifier': np.zeros(5)}}
+  with pytest.raises(ValueError, match=f'They were made on {said}'):
+    start.load_segment_head(params, str(tmp_path), tmp_path)
+
+
 class Patches(nn.Module):
   """The least that a segmenter takes for a backbone."""
 

@@ -389,6 +389,9 @@ def test_sizes_that_differ_are_said_as_flags():
   flags = "--config.student.head_dim=16 '--config.student.flip_blocks=(1, 3)'"
   with pytest.raises(ValueError, match=re.escape(f'add {flags}')):
     start.check_sizes('runs/a', 'student', old, new, names)
+  vit_tiny = create_model('vit_tiny_patch8')
+  with pytest.raises(ValueError, match=r'kind ViT, but .* kind Adventurer'):
+    start.check_sizes('clip', 'student', vit_tiny, new)
   same = create_model('adventurer_tiny_patch8', flip_blocks=(2, 3))
   start.check_sizes(
     *('runs/a', 'student', same, create_model('adventurer_tiny_patch8'), names)
