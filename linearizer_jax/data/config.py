@@ -62,9 +62,9 @@ class DataConfig:
   # extra [simd]. Evaluation and `cache_pixels` decode with Pillow.
   decoder: str = 'pillow'
 
-  # Faults. Up to `max_broken` images that cannot be decoded are passed over, in
-  # each process: training takes the next example instead, evaluation leaves
-  # them out.
+  # Faults. Up to `max_broken` images that cannot be decoded are passed over:
+  # training takes the next example instead, evaluation leaves them out. Each
+  # host counts its own, of all its workers, and counts the two apart.
   max_broken: int = 0
   timeout_seconds: float = 600.0  # without a batch, after which to stop; 0: no
 
@@ -75,13 +75,21 @@ class DataConfig:
   def __post_init__(self):
     for field in ('image_size', 'eval_window', 'eval_stride'):
       size = getattr(self, field)
-      size = (size, size) if isinstance(size, int) else tuple(size)
+      size = tuple(size) if isinstance(size, tuple | list) else (size, size)
       if len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise ValueError(
           f'data.{field} is {getattr(self, field)!r}, expected a side or '
           '(height, width) in pixels.'
         )
       object.__setattr__(self, field, size)
+    if min(self.image_size) < 1:
+      raise ValueError(
+        f'data.image_size is {self.image_size}, expected sides of at least 1.'
+      )
+    for field in ('crop_scale', 'crop_ratio', 'scale_range'):
+      value = getattr(self, field)
+      if value is not None and len(value) != 2:
+        raise ValueError(f'data.{field} is {value}, expected (least, most).')
     if self.name not in datasets.DATASETS:
       raise ValueError(
         f'data.name is {self.name!r}, expected one of '
