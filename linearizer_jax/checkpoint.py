@@ -415,8 +415,8 @@ def claim_workdir(workdir, config):
         f'{new.get(name, "not there")!r}'
         for name in differing
       )
-      unused = not any(workdir.glob('*/checkpoints/*'))
-      or_else = ', or remove it: nothing is saved there' if unused else ''
+      held = (*workdir.glob(f'{SAVED}/*'), *workdir.glob('*/result.json'))
+      or_else = '' if held else ', or remove it: nothing is saved there'
       raise ValueError(
         f'{workdir} holds a run with another config: {rows}. Give another '
         f'--workdir, or set these fields back{or_else}.'

@@ -98,9 +98,9 @@ def global_batch(mesh, batch):
 def check_batch(mesh, batch_size, accumulate_steps=1, field='batch_size'):
   """Raises ValueError where a batch cannot be cut over mesh and micro-steps."""
   parts = mesh.size * accumulate_steps
-  if batch_size % parts or batch_size < parts:
+  if accumulate_steps < 1 or batch_size % parts or batch_size < parts:
     raise ValueError(
       f'config.{field} is {batch_size}; it must be a multiple of '
       f'{parts} = {mesh.size} devices x {accumulate_steps} '
-      'config.parallel.accumulate_steps.'
+      'config.parallel.accumulate_steps (at least 1).'
     )

@@ -212,6 +212,8 @@ def check_stage(config, devices=None):
   steps_at_once = config.parallel.accumulate_steps
   sharding.check_batch(mesh, config.batch_size, steps_at_once)
   sharding.check_batch(mesh, config.eval_batch_size, field='eval_batch_size')
+  if config.seed < 0:
+    raise ValueError(f'config.seed is {config.seed}; expected at least 0.')
   data = config.data.to_dict()
   num_classes = pipeline.num_classes(data)
   if config.data.labels_per_class is not None:  # looks at every label
@@ -230,7 +232,13 @@ def _length(config, data):
   per_epoch = pipeline.num_train_examples(data) / config.batch_size
   if config.task in tasks.EVALUATIONS:
     return 0, per_epoch
-  return config.steps or math.ceil(config.epochs * per_epoch), per_epoch
+  updates = config.steps or math.ceil(config.epochs * per_epoch)
+  if updates < 1:
+    raise ValueError(
+      f'config.epochs is {config.epochs}, config.steps {config.steps}: there '
+      'is nothing to train. Raise config.epochs, or set config.steps.'
+    )
+  return updates, per_epoch
 
 
 # ----------------------------------------------------------------- programs

@@ -171,6 +171,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     ({'student.name': 'resnet'}, 'no model'),
     ({'student.head_dim': 8}, 'no field head_dim'),
     ({'schedule.warmup_epochs': 99.0}, 'schedule.warmup_epochs'),
+    ({'distill.mask_loss': 'l1'}, 'distill.mask_loss'),
+    ({'parallel.accumulate_steps': 0}, 'at least 1'),
+    ({'train_role': 'pupil'}, 'train_role'),
+    ({'seed': -1}, 'config.seed'),
+    ({'steps': 0, 'epochs': 0.0}, 'nothing to train'),
+    ({'steps': -1}, 'nothing to train'),
   ],
 )
 def test_bad_configs_are_refused_before_anything_starts(changes, words):
@@ -207,6 +213,12 @@ def test_another_config_is_refused_by_name(tmp_path):
   checkpoint.claim_workdir(tmp_path, tiny(**{'log.every_steps': 7}))
   with pytest.raises(ValueError, match=r'optimizer\.learning_rate was 0\.0015'):
     checkpoint.claim_workdir(tmp_path, tiny(**{'optimizer.learning_rate': 0.1}))
+  with pytest.raises(ValueError, match='or remove it: nothing is saved there'):
+    checkpoint.claim_workdir(tmp_path, tiny('distill'))
+  (tmp_path / 'stage').mkdir()
+  (tmp_path / 'stage/result.json').write_text('{}')  # of an evaluation alone
+  with pytest.raises(ValueError, match=r'or set these fields back\.$'):
+    checkpoint.claim_workdir(tmp_path, tiny('distill'))
 
 
 def test_the_last_stage_is_that_of_the_role(tmp_path):

@@ -66,6 +66,11 @@ def make_task(config, mesh, num_classes):
       fit, a mask ratio out of range.
   """
   placement = {'mesh': mesh, 'batch_axes': sharding.BATCH_AXES}
+  if config.train_role not in ('student', 'teacher'):
+    raise ValueError(
+      f"config.train_role is {config.train_role!r}; expected 'student' or "
+      "'teacher'."
+    )
   if config.data.dense != (config.task in SEGMENTATIONS):
     raise ValueError(
       f'config.task is {config.task!r} and config.data.dense '

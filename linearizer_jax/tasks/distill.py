@@ -85,6 +85,9 @@ class Distill:
       'match_tokens': ('visible', 'all', 'class'),
       'target': ('raw', 'normed', 'projected'),
       'feature_stages': ('last', 'all'),
+      'form': ('auto', 'pairwise', 'linear'),
+      'target_norm': ('layernorm', 'none'),
+      'mask_loss': ('smooth_l1', 'cosine', 'mse'),
     }
     for field, allowed in choices.items():
       if options[field] not in allowed:
