@@ -51,7 +51,7 @@ def base():
   """Every field with its default; a config file sets what it needs."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  # 'classify', 'evaluate', 'zeroshot', 'segment', 'evaluate_segment'
+  # 'classify', 'mae', 'evaluate', 'zeroshot', 'segment', 'evaluate_segment'
   config.task = 'distill'
   config.train_role = 'student'  # or 'teacher'; not of 'distill'
   # Start from 'stage:NAME', the work directory of a run or published weights;
@@ -86,6 +86,15 @@ def base():
       auxiliary_channels=256,
       auxiliary_weight=0.4,
       dropout=0.1,
+    )
+  )
+  config.mae = ml_collections.ConfigDict(
+    dict(
+      mask_ratio=0.75,
+      decoder_width=512,
+      decoder_depth=8,
+      decoder_num_heads=16,
+      norm_pixels=True,  # each patch by its own mean and deviation
     )
   )
   config.evaluate = ml_collections.ConfigDict(
@@ -262,6 +271,8 @@ def smoke(config):
     section.width, section.depth, section.patch_size = 64, 2, patch
     section.image_size = 4 * patch
   config.distill.num_stages = 2
+  config.mae.decoder_width, config.mae.decoder_depth = 32, 1
+  config.mae.decoder_num_heads = 4
   dense = [
     section
     for section in (config, *config.per_stage.values())

@@ -17,7 +17,8 @@ with as many updates, all of them with labels. All tables of a scale share
 teacher, `none` and `both` in one work directory; the command goes on where it
 was stopped. `rows=none+both` picks rows, `seeds=1` the first seeds, `length=4`
 makes the students' trainings four times as long, in `scale=cpu` as long as
-their teacher's; it needs a work directory of its own.
+their teacher's; it needs a work directory of its own. The teacher `mae` of the
+table `teachers`, a masked autoencoder, learns without labels as well.
 
 `table=segmentation,segment_data=CAMVID` trains UperNet on CamVid from the
 fine-tuned students and, `random`, from nothing, with the same updates, and
@@ -34,6 +35,7 @@ H200 and 20 minutes, and was not run by us.
 from configs import common
 
 NARROW, WIDE = 0.5, 2.0  # of the width of the scale
+MAE = 'mae'  # stage of a teacher that learns without labels
 # table -> row -> what differs from the paper's method, which is `both`. A row
 # called `none` is not distilled. Every table has `none` and `both`.
 LOSSES = {
@@ -77,6 +79,8 @@ TABLES = {
   'teachers': {
     'from_narrow': dict(teacher=NARROW),
     'from_wide': dict(teacher=WIDE),
+    'from_mae': dict(teacher=MAE),
+    'features_from_mae': dict(teacher=MAE, distill=common.LOSSES['features']),
   },
   'sizes': {
     f'{row}_{name}': dict(width=width)
@@ -262,6 +266,8 @@ def _table(config, options):
   config.student.head_dim = min(64, scale['width'])
   config.student.state_dim = scale['state_dim']
   config.teacher.num_heads = 4
+  config.mae.decoder_width = scale['width'] // 2
+  config.mae.decoder_depth, config.mae.decoder_num_heads = 2, 4
 
   rows = {name: _rows(name) for name in TABLES}
   config.report.tables = tuple(
@@ -281,7 +287,10 @@ def _table(config, options):
 
   stages = {'teacher': _teacher(scale, 1.0)}
   for name, width in _teachers(rows).items():
-    stages[name] = _teacher(scale, width)
+    if width == MAE:
+      stages |= _without_labels(scale, name)
+    else:
+      stages[name] = _teacher(scale, width)
   for seed in range(options.seeds):  # outside: half a table is of use
     for row, changes in rows.items():
       if row == 'teacher_double':
@@ -306,6 +315,10 @@ def _table(config, options):
   ).format(**scale)
   config.report.metrics = {'segmentation': 'mIoU'}
   config.report.notes = {
+    'teachers': (
+      'Rows from `mae` have a teacher of {teacher_steps} updates without '
+      'labels; `teacher mae` is that one after {finetune_steps} more with all.'
+    ).format(**scale),
     'resolution': (
       'The rows called `double`: images of {side} px, matched in linear time; '
       '`teacher double` is the teacher evaluated there, with its positions '
@@ -328,9 +341,9 @@ def _rows(table):
 
 
 def _teachers(rows):
-  """{stage: width} of the teachers that only some rows have."""
+  """{stage: width, or MAE} of the teachers that only some rows have."""
   return {
-    row.replace('from', 'teacher'): changes['teacher']
+    f'teacher_{row.split("_")[-1]}': changes['teacher']
     for row, changes in rows.items()
     if 'teacher' in changes
   }
@@ -361,6 +374,26 @@ def _larger(scale, side):
   return dict(data=sizes)
 
 
+def _without_labels(scale, tuned):
+  """{stage: fields}: a masked autoencoder, and as `tuned` what labels add."""
+  steps = scale['teacher_steps']
+  warmup = _warmup(scale, steps, TRAIN_IMAGES)
+  return {
+    MAE: dict(
+      task='mae',
+      train_role='teacher',
+      steps=steps,
+      schedule=dict(warmup_epochs=warmup),
+    ),
+    tuned: _supervised(scale, scale['finetune_steps'])
+    | dict(
+      train_role='teacher',
+      init=f'stage:{MAE}',
+      optimizer=dict(learning_rate=scale['finetune_rate']),
+    ),
+  }
+
+
 def _student(scale, row, changes, seed, few_labels):
   """{stage: fields} of a row and seed: without labels, with all, with few."""
   width = int(changes.get('width', 1) * scale['width'])
@@ -369,6 +402,8 @@ def _student(scale, row, changes, seed, few_labels):
   stages, before, start = {}, scale['distill_steps'], {}
   if row.split('_')[0] != 'none':
     ((teacher, factor),) = (_teachers({row: changes}) or {'teacher': 1}).items()
+    if factor == MAE:
+      teacher, factor = MAE, 1
     stages[f'distill_{row}_s{seed}'] = own | dict(
       steps=before,
       schedule=dict(warmup_epochs=_warmup(scale, before, TRAIN_IMAGES)),

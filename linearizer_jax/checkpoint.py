@@ -400,6 +400,9 @@ def claim_workdir(workdir, config):
   config = json.loads(json.dumps(config))  # tuples become lists, as on disk
   if (workdir / 'config.json').is_file():
     before = read_config(workdir)
+    # A task that is younger than the run has changed nothing in it.
+    sections = {k: v for k, v in config.items() if isinstance(v, dict)}
+    before = sections | before
     known = [s for s in before['stages'] if s in config['stages']]
     old, new = (_flatten(_with_stages(c, known), '.') for c in (before, config))
     missing = object()

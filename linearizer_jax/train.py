@@ -269,7 +269,7 @@ class Programs(NamedTuple):
 # Fields that a program is made of; rates, lengths, labels and files are not.
 PROGRAM_FIELDS = (
   *('task', 'train_role', 'student', 'teacher', 'distill', 'classify'),
-  *('segment', 'evaluate', 'optimizer', 'parallel'),
+  *('segment', 'mae', 'evaluate', 'optimizer', 'parallel'),
 )
 
 

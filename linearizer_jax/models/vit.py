@@ -112,7 +112,7 @@ class ViT(nn.Module):
   residual_dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, images, token_mask=None, train=False):
+  def __call__(self, images, token_mask=None, train=False, keep=None):
     """Images to logits and named intermediates.
 
     Args:
@@ -122,6 +122,9 @@ class ViT(nn.Module):
       token_mask: (B, L) bool, True = replaced by the mask token before the
         position embedding is added; needs use_mask_token.
       train: drop path on; needs the 'drop_path' random stream where it is > 0.
+      keep: (B, M) int, positions of the only patch tokens that enter the
+        blocks, for a masked autoencoder; all when None. L is M in what
+        comes back.
 
     Returns:
       (logits, out): logits (B, num_classes) or None; out a dict with
@@ -141,7 +144,7 @@ class ViT(nn.Module):
         token or of another shape, or a field that is not one of its choices.
     """
     self.check_fields()
-    x = self.embed(images, token_mask)  # (B, T, D)
+    x = self.embed(images, token_mask, keep)  # (B, T, D)
     skipped = self.class_token + self.num_registers
     norm = partial(LayerNorm, self.layer_norm_eps)
     if self.pre_norm:
@@ -205,7 +208,7 @@ class ViT(nn.Module):
         'change the model fields width or num_heads.'
       )
 
-  def embed(self, images, token_mask):
+  def embed(self, images, token_mask, keep):
     """Patches, mask token, positions, class token, registers: (B, T, D)."""
     grid = patch_grid(images.shape[1:3], self.patch_size)
     old_grid = patch_grid(as_pair(self.image_size), self.patch_size)
@@ -232,6 +235,8 @@ class ViT(nn.Module):
       self.position_antialias,
     )
     x = x + patch_positions.astype(x.dtype)
+    if keep is not None:
+      x = jnp.take_along_axis(x, keep[..., None], 1)  # (B, M, D)
     front = []  # tokens before the patches, (n, D) each
     if self.class_token:
       token = self.param('class_embedding', embedding_init, (self.width,))

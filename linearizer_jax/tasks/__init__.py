@@ -1,9 +1,12 @@
 """Tasks: what is trained, on which loss, from which networks."""
 
+import math
+
 from linearizer_jax import models, sharding
 from linearizer_jax.models import layers, segmenter, teachers
 from linearizer_jax.tasks.classify import Classify
 from linearizer_jax.tasks.distill import Distill
+from linearizer_jax.tasks.mae import MaskedAutoencoder
 from linearizer_jax.tasks.segment import Segment
 
 # Tasks of no update: a stage that is its last evaluation.
@@ -59,7 +62,8 @@ def make_task(config, mesh, num_classes):
     num_classes: of the data.
 
   Returns:
-    `Distill`, `Segment`, or `Classify` for every other task.
+    `Distill`, `Segment`, `MaskedAutoencoder`, or `Classify` for every other
+    task.
 
   Raises:
     ValueError: an unknown task or model, fields, grids or depths that do not
@@ -91,9 +95,16 @@ def make_task(config, mesh, num_classes):
       config, role, num_classes=classes, **placement
     )
     return Classify(model, role, *stats, config)
+  if config.task == 'mae':
+    role = config.train_role
+    model, stats = models.from_config(config, role, num_classes=0, **placement)
+    task = MaskedAutoencoder(model, role, *stats, config)
+    size = layers.as_pair(config.data.image_size)
+    task.check(math.prod(layers.patch_grid(size, model.patch_size)))
+    return task
   if config.task != 'distill':
     raise ValueError(
-      f"config.task is {config.task!r}; expected 'distill', 'classify', "
+      f"config.task is {config.task!r}; expected 'distill', 'classify', 'mae', "
       "'evaluate', 'zeroshot', 'segment' or 'evaluate_segment'."
     )
   needs_logits = bool(config.distill.logit_weight)
