@@ -385,8 +385,8 @@ def read_config(workdir):
 def claim_workdir(workdir, config):
   """Writes config.json, or checks that the run there is this one.
 
-  A run may gain stages; those that `config` lacks stay known. So several tables
-  share the rows they have in common.
+  A run may gain stages, and sections that came after it; stages that `config`
+  lacks stay known. So several tables share the rows they have in common.
 
   Args:
     workdir: created where it is missing.
@@ -400,9 +400,7 @@ def claim_workdir(workdir, config):
   config = json.loads(json.dumps(config))  # tuples become lists, as on disk
   if (workdir / 'config.json').is_file():
     before = read_config(workdir)
-    # A task that is younger than the run has changed nothing in it.
-    sections = {k: v for k, v in config.items() if isinstance(v, dict)}
-    before = sections | before
+    before = {k: v for k, v in config.items() if isinstance(v, dict)} | before
     known = [s for s in before['stages'] if s in config['stages']]
     old, new = (_flatten(_with_stages(c, known), '.') for c in (before, config))
     missing = object()
