@@ -43,8 +43,11 @@ def explain(argv):
   for word in argv:
     field = re.match(r'--?(?:no)?config\.([\w.]+)', word)
     if field and field[1] not in known:
-      near = difflib.get_close_matches(field[1], known, 1)
-      meant = f' Did you mean --config.{near[0]}?' if near else ''
+      near = difflib.get_close_matches(field[1], known, 2)
+      # The second where sections have the field in common.
+      near = [n for n in near if n.split('.')[-1] == near[0].split('.')[-1]]
+      meant = ' or '.join(f'--config.{name}' for name in near)
+      meant = f' Did you mean {meant}?' if near else ''
       sys.exit(
         f'{word}: {file} has no such field.{meant} All of them are in '
         'configs/common.py.'

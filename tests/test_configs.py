@@ -172,7 +172,7 @@ def test_images_are_normalised_as_the_weights_or_the_config_say():
   ('flag', 'said'),
   [
     ('--config.student.widht=64', 'Did you mean --config.student.width?'),
-    ('--config.mask_ratio=0.5', 'Did you mean --config.distill.mask_ratio?'),
+    ('--config.mask_ratio=0.5', ' or --config.distill.mask_ratio?'),
     ('--config.epochs.x=1', 'Did you mean --config.epochs?'),
     ('--config=configs/digit.py', 'there is no such file'),
     ('--config=configs/digits.py:loses', "unknown argument 'loses'"),
