@@ -225,6 +225,7 @@ def test_loss_falls(started):
   assert found[-10:].mean() < 0.5 * found[:3].mean()
 
 
+@pytest.mark.slow
 def test_a_student_and_a_classifier_learn_from_its_checkpoint(tmp_path):
   config = get_config('mae')
   config.teacher.weights = 'stage:mae'
