@@ -107,20 +107,32 @@ def collect(workdir):
       total = result[name] + sum(other[name] for other in before)
       numbers['updates' if name == 'steps' else name] = total
     lines[metric].setdefault(row, []).append(where | numbers)
-  metrics, owner = report.get('metrics', {}), {}
-  for name, rows in report['tables']:
-    for row in rows:
-      owner.setdefault((metrics.get(name, 'accuracy'), row), name)
   found = [{'scale': report['scale'], 'setup': report['setup']}]
+  for name, metric, rows in _tables(report, lines):
+    place = {'table': name, 'scale': report['scale']}
+    if note := report.get('notes', {}).get(name):
+      found.append(place | {'note': note})
+    for row in rows:
+      found += [place | line for line in lines[metric].get(row, ())]
+  return found
+
+
+def _tables(report, lines):
+  """(name, metric, rows) of every table with a finished row of its own.
+
+  That is a row of no table before it, no teacher and no baseline, but where a
+  metric has nothing else.
+  """
+  own = {}
+  for metric, rows in lines.items():
+    students = {row for row in rows if not TEACHER.fullmatch(row)}
+    own[metric] = students - set(BASELINES[metric]) or students
+  found = []
   for name, rows in report['tables']:
-    metric = metrics.get(name, 'accuracy')
-    own = [row for row in lines[metric] if owner.get((metric, row)) == name]
-    if not all(map(TEACHER.fullmatch, own)):
-      place = {'table': name, 'scale': report['scale']}
-      if note := report.get('notes', {}).get(name):
-        found.append(place | {'note': note})
-      for row in rows:
-        found += [place | line for line in lines[metric].get(row, ())]
+    metric = report.get('metrics', {}).get(name, 'accuracy')
+    if own[metric] & set(rows):
+      found.append((name, metric, rows))
+    own[metric] -= set(rows)
   return found
 
 

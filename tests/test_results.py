@@ -112,6 +112,14 @@ def test_work_directories_become_the_page(tmp_path, capsys):
   page = out.read_text()
   assert page.count('| both | 63.0 | +3.0 |') == 2
   assert '| flips never |  |  |  | 40.0 |' in page
+  # Where there are other rows, the baselines alone make no table.
+  other = tmp_path / 'other'
+  checkpoint.claim_workdir(other, losses)
+  checkpoint.claim_workdir(other, flips)
+  finish(other, 'finetune_none_s0', 60.0, 3)
+  finish(other, 'few_flips_never_s0', 40.0, 1)
+  tables = {x['table'] for x in results.collect(other) if 'row' in x}
+  assert tables == {'flips'}
   # The page alone, from the lines that are kept.
   out.unlink()
   assert not results.main([f'--out={out}'])
