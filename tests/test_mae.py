@@ -303,7 +303,8 @@ def test_rows_of_the_table_of_teachers(tmp_path):
     checkpoint.stage_dir(tmp_path, stage).mkdir()
     path = checkpoint.stage_dir(tmp_path, stage) / 'result.json'
     checkpoint.write_json(path, result)
-  _, teacher, student = results.collect(tmp_path)
+  _, note, teacher, student = results.collect(tmp_path)
+  assert 'without labels' in note['note']
   assert (teacher['row'], teacher['accuracy']) == ('teacher_mae', 70.0)
   assert (teacher['updates'], teacher['seconds']) == (650, 65.0)
   assert student['row'] == 'from_mae'
