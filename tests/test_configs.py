@@ -24,7 +24,7 @@ FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
 NAMES = sorted(
   path.stem
   for path in FOLDER.glob('*.py')
-  if path.stem not in ('__init__', 'common')
+  if path.stem not in ('__init__', 'common', 'tables')
 )
 
 

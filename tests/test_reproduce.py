@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import imagenette
+from configs import tables
 from linearizer_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -41,7 +41,7 @@ def test_every_number_and_table_has_its_row():
   paper = (84.7, 82.6, 84.3, 85.3, 85.0, 83.1, 85.2, 51.3, 47.8, 81.8, 82.0)
   for number in paper:
     assert f' {number} ' in TEXT, number
-  for table in imagenette.TABLES:
+  for table in tables.TABLES:
     assert re.search(rf':table={table}[ ,]', TEXT), table
   assert len(COMMANDS) > 20
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from configs import imagenette
+from configs import imagenette, tables
 from linearizer_jax import checkpoint, results, train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -213,8 +213,8 @@ def test_smoke_of_a_table_with_other_data_checks(table):
   train.check_stages(stages[-2:])
 
 
-@pytest.mark.parametrize('scale', sorted(imagenette.SCALES))
-@pytest.mark.parametrize('table', sorted(imagenette.TABLES))
+@pytest.mark.parametrize('scale', sorted(tables.SCALES))
+@pytest.mark.parametrize('table', sorted(tables.TABLES))
 def test_tables_resolve(table, scale):
   argument = f'table={table},scale={scale},segment_data=CAMVID'
   config = imagenette.get_config(argument).to_dict()
@@ -232,7 +232,7 @@ def test_tables_resolve(table, scale):
   assert {'none', 'both'} < set(kinds) <= set(rows)
   for row, found in kinds.items():
     wanted = {'finetune', 'few'}
-    if table in imagenette.NO_FEW_LABELS:
+    if table in tables.NO_FEW_LABELS:
       wanted = {'finetune'}
     if table == 'segmentation':
       wanted = {'segment'} if row == 'random' else {'finetune', 'segment'}
@@ -259,7 +259,7 @@ def test_length_and_rows_and_mistakes():
     'finetune_none_s1',
     'few_none_s1',
   )
-  scale = imagenette.SCALES['cpu']
+  scale = tables.SCALES['cpu']
   assert config.per_stage.teacher.steps == scale['teacher_steps']
   steps = 2 * (scale['distill_steps'] + scale['finetune_steps'])
   assert config.per_stage.finetune_none_s0.steps == steps
