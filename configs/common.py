@@ -145,8 +145,9 @@ def base():
   # name of the scale and a sentence about it.
   config.report.tables = ()
   config.report.scale = config.report.setup = ''
-  # Of single tables: the metric, where it is not accuracy, and a sentence.
-  config.report.metrics, config.report.notes = {}, {}
+  # Of single tables: the first word of the stages, where they are segmentations
+  # and the number is mIoU; a sentence.
+  config.report.segmentations, config.report.notes = {}, {}
   return config.lock()
 
 

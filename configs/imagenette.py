@@ -20,12 +20,12 @@ makes the students' trainings four times as long, in `scale=cpu` as long as
 their teacher's; it needs a work directory of its own. The teacher `mae` of the
 table `teachers`, a masked autoencoder, learns without labels as well.
 
-`table=segmentation,segment_data=CAMVID` trains UperNet on CamVid from the
-fine-tuned students and, `random`, from nothing, with the same updates, and
-scores the test split. CAMVID holds train/ and test/, each with images/ and
-labels/ (docs/own_data.md): 367 and 233 frames of 480 x 360, ids 0 to 10, void
-11. `table=resolution` has the student see images of twice the side, four times
-the tokens, matched in linear time.
+`table=segmentation,segment_data=CAMVID` trains the fine-tuned students and,
+`random`, a new one on CamVid, with a linear layer on them, and scores the test
+split; `segmentation_upernet` has UperNet instead. CAMVID holds train/ and
+test/, each with images/ and labels/ (docs/own_data.md): 367 and 233 frames of
+480 x 360, ids 0 to 10, void 11. `table=resolution` has the student see images
+of twice the side, four times the tokens, matched in linear time.
 
 Scales: `scale=cpu` (default) takes four minutes a row and seed on one core, so
 that the table `losses` is a matter of 100 minutes; `scale=gpu` is made for one
@@ -108,11 +108,11 @@ def _table(config, options):
         f'{field}={options[field]} after the colon of --config; expected one '
         f'of {", ".join(known)}.'
       )
-  if options.table == 'segmentation' and not (
+  if options.table in tables.SEGMENTATIONS and not (
     options.segment_data or options.smoke
   ):
     raise ValueError(
-      'table=segmentation after the colon of --config needs '
+      f'table={options.table} after the colon of --config needs '
       'segment_data=FOLDER beside it: CamVid, with train/ and test/, each with '
       'images/ and labels/.'
     )
@@ -137,7 +137,7 @@ def _table(config, options):
   if options.length != 1:
     config.report.scale += f', students {options.length:g} times as long'
   config.report.setup, config.report.notes = tables.describe(scale)
-  config.report.metrics = {'segmentation': 'mIoU'}
+  config.report.segmentations = tables.SEGMENTATIONS
   return config
 
 

@@ -16,6 +16,13 @@ LOSSES = {
   'both_features': dict(distill=dict(feature_weight=1.0)),
   'both_centred': dict(distill=dict(map_center=True)),
 }
+# Students that a segmentation starts from.
+STARTS = {
+  'random': {},
+  'none': {},
+  'both': {},
+  'features_class': dict(distill=common.LOSSES['features']),
+}
 TABLES = {
   'losses': LOSSES,
   'recipes': {  # one pass of the student over the whole image, as `features`
@@ -60,14 +67,12 @@ TABLES = {
     'none_double': dict(side=2),
     'both_double': dict(side=2, distill=dict(form='linear')),
   },
-  'segmentation': {
-    'random': {},
-    'none': {},
-    'both': {},
-    'features_class': dict(distill=common.LOSSES['features']),
-  },
+  'segmentation': STARTS,
+  'segmentation_upernet': STARTS,
 }
-NO_FEW_LABELS = ('resolution', 'segmentation')  # tables without these stages
+# Tables of segmentations, and the first word of their stages.
+SEGMENTATIONS = {'segmentation': 'segment', 'segmentation_upernet': 'upernet'}
+NO_FEW_LABELS = ('resolution', *SEGMENTATIONS)  # tables without these stages
 TRAIN_IMAGES, CLASSES = 9469, 10
 FEW_LABELS = TRAIN_IMAGES // CLASSES // 10  # of a class
 # CamVid at a third of its size; the rest is configs/segment_folder.py.
@@ -76,9 +81,12 @@ SEGMENT = dict(
   task='segment',
   batch_size=8,
   eval_batch_size=4,
-  segment=dict(channels=64, auxiliary_channels=64),
   optimizer=dict(learning_rate=1e-3, weight_decay=0.01, b2=0.999),
 )
+HEADS = {
+  'segment': dict(head='linear'),
+  'upernet': dict(channels=64, auxiliary_channels=64),
+}
 SEGMENT_DATA = dict(
   dense=True,
   eval_split='test',
@@ -157,7 +165,7 @@ def stages(table, rows, scale, seeds, segment_data):
     rows: {row: changes} of those that are wanted.
     scale: one of `SCALES`.
     seeds: how many.
-    segment_data: CamVid's folder, of the table `segmentation`.
+    segment_data: CamVid's folder, of the tables `SEGMENTATIONS`.
   """
   found = {'teacher': _teacher(scale, 1.0)}
   for name, width in teachers(rows).items():
@@ -172,8 +180,9 @@ def stages(table, rows, scale, seeds, segment_data):
       if row not in ('random', 'teacher_double'):
         few_labels = table not in NO_FEW_LABELS
         found |= _student(scale, row, changes, seed, few_labels)
-      if table == 'segmentation':
-        found |= _segmentation(scale, row, seed, segment_data)
+      if table in SEGMENTATIONS:
+        kind = SEGMENTATIONS[table]
+        found |= _segmentation(scale, kind, row, seed, segment_data)
   return found
 
 
@@ -197,13 +206,15 @@ def describe(scale):
       '`teacher double` is the teacher evaluated there, with its positions '
       'resized. The teacher was trained on {image_size} px alone.'
     ),
-    'segmentation': (
-      'CamVid, the 233 test frames, 11 classes: UperNet of 64 channels on the '
-      'student after its fine-tuning, or on a random one; {segment_steps} '
-      'updates of 8 crops of 96 x 128 from frames of 120 px on the short '
-      'side, one recipe for all rows.'
-    ),
   }
+  heads = 'A linear layer', 'UperNet of 64 channels'
+  for table, head in zip(SEGMENTATIONS, heads, strict=True):
+    notes[table] = (
+      f'{head} on the student after its fine-tuning, or on a random one, and '
+      'both trained on CamVid: {segment_steps} updates of 8 crops of 96 x 128 '
+      'from frames of 120 px on the short side, one recipe for all rows; 11 '
+      'classes, the 233 test frames.'
+    )
   scale = scale | {'side': 2 * scale['image_size']}
   texts = {table: note.format(**scale) for table, note in notes.items()}
   return setup.format(**scale), texts
@@ -292,18 +303,19 @@ def _student(scale, row, changes, seed, few_labels):
   return stages
 
 
-def _segmentation(scale, row, seed, folder):
+def _segmentation(scale, kind, row, seed, folder):
   """{stage: fields} of a row and seed: a class for every pixel."""
   steps = scale['segment_steps']
   fields = SEGMENT | dict(
     seed=seed,
     steps=steps,
+    segment=HEADS[kind],
     init='' if row == 'random' else f'stage:finetune_{row}_s{seed}',
     student=dict(width=scale['width']),
     schedule=dict(warmup_epochs=_warmup(SEGMENT, steps, SEGMENT_IMAGES)),
     data=SEGMENT_DATA | dict(data_dir=folder),
   )
-  return {f'segment_{row}_s{seed}': fields}
+  return {f'{kind}_{row}_s{seed}': fields}
 
 
 def _supervised(scale, steps, images=TRAIN_IMAGES):

@@ -24,10 +24,11 @@ from linearizer_jax import checkpoint
 
 # <kind>_<row>_s<seed>; a teacher is a row of its own.
 STAGE = re.compile(
-  r'(?P<kind>finetune|few|segment)_(?P<row>\w+)_s(?P<seed>\d+)'
+  r'(?P<kind>finetune|few|segment|upernet)_(?P<row>\w+)_s(?P<seed>\d+)'
 )
 TEACHER = re.compile(r'teacher\w*')
-LABELS = {'finetune': 'all', 'few': '10%', 'segment': 'all'}
+LABELS = {'finetune': 'all', 'few': '10%', 'segment': 'all', 'upernet': 'all'}
+CLASSIFY = 'classify'  # stands for the first two, which share their tables
 # The number of a table -> the rows that the others are compared with.
 BASELINES = {'accuracy': ('none', 'both'), 'mIoU': ('random', 'none')}
 KEY = ('table', 'scale', 'row', 'labels', 'seed')
@@ -89,7 +90,7 @@ def collect(workdir):
     path = checkpoint.stage_dir(workdir, stage) / 'result.json'
     if path.is_file():
       done[stage] = checkpoint.read_json(path)
-  lines = {metric: {} for metric in BASELINES}
+  lines = {}  # kind -> row -> lines
   for stage, result in done.items():
     match = STAGE.fullmatch(stage)
     if match:
@@ -100,39 +101,41 @@ def collect(workdir):
       where = {'row': row, 'labels': 'all', 'seed': config['seed']}
     else:
       continue
-    metric = 'mIoU' if kind == 'segment' else 'accuracy'
+    kind = CLASSIFY if kind in ('finetune', 'few') else kind
+    metric = 'accuracy' if kind == CLASSIFY else 'mIoU'
     before = _before(config, stage, done)
     numbers = {metric: result[metric]}
     for name in ('steps', 'seconds'):
       total = result[name] + sum(other[name] for other in before)
       numbers['updates' if name == 'steps' else name] = total
-    lines[metric].setdefault(row, []).append(where | numbers)
+    lines.setdefault(kind, {}).setdefault(row, []).append(where | numbers)
   found = [{'scale': report['scale'], 'setup': report['setup']}]
-  for name, metric, rows in _tables(report, lines):
+  for name, kind, rows in _tables(report, lines):
     place = {'table': name, 'scale': report['scale']}
     if note := report.get('notes', {}).get(name):
       found.append(place | {'note': note})
     for row in rows:
-      found += [place | line for line in lines[metric].get(row, ())]
+      found += [place | line for line in lines[kind].get(row, ())]
   return found
 
 
 def _tables(report, lines):
-  """(name, metric, rows) of every table with a finished row of its own.
+  """(name, kind, rows) of every table with a finished row of its own.
 
   That is a row of no table before it, no teacher and no baseline, but where a
-  metric has nothing else.
+  kind has nothing else.
   """
   own = {}
-  for metric, rows in lines.items():
+  for kind, rows in lines.items():
+    metric = 'accuracy' if kind == CLASSIFY else 'mIoU'
     students = {row for row in rows if not TEACHER.fullmatch(row)}
-    own[metric] = students - set(BASELINES[metric]) or students
+    own[kind] = students - set(BASELINES[metric]) or students
   found = []
   for name, rows in report['tables']:
-    metric = report.get('metrics', {}).get(name, 'accuracy')
-    if own[metric] & set(rows):
-      found.append((name, metric, rows))
-    own[metric] -= set(rows)
+    kind = report.get('segmentations', {}).get(name, CLASSIFY)
+    if own.get(kind, set()) & set(rows):
+      found.append((name, kind, rows))
+      own[kind] -= set(rows)
   return found
 
 

@@ -131,14 +131,16 @@ def test_work_directories_become_the_page(tmp_path, capsys):
 
 def test_segmentations_are_a_table_of_mious(tmp_path):
   """Rows of the same names as elsewhere, with what came before them."""
-  argument = 'table=segmentation,segment_data=CAMVID,seeds=1'
-  config = imagenette.get_config(argument).to_dict()
-  checkpoint.claim_workdir(tmp_path, config)
+  for table in tables.SEGMENTATIONS:
+    argument = f'table={table},segment_data=CAMVID,seeds=1'
+    config = imagenette.get_config(argument).to_dict()
+    checkpoint.claim_workdir(tmp_path, config)
   finish(tmp_path, 'teacher', 80.0, 5)
   finish(tmp_path, 'distill_both_s0', 1.0, 4)
   finish(tmp_path, 'finetune_both_s0', 63.0, 3)
   finish(tmp_path, 'segment_random_s0', 20.5, 2, 'mIoU')
   finish(tmp_path, 'segment_both_s0', 22.0, 2, 'mIoU')
+  finish(tmp_path, 'upernet_random_s0', 30.0, 2, 'mIoU')
   lines = results.collect(tmp_path)
   found = [x for x in lines if 'row' in x]
   assert [
@@ -152,8 +154,9 @@ def test_segmentations_are_a_table_of_mious(tmp_path):
     ('losses', 'both'),
   }
   page = results.page(lines)
-  assert page.count('CamVid') == 1
-  table = page[page.index('## segmentation') :].splitlines()
+  assert page.count('CamVid') == 2
+  assert '| random | 30.0 |' in page[page.index('## segmentation_upernet') :]
+  table = page[page.index('## segmentation') :].split('\n## ')[0].splitlines()
   assert [x for x in table if x.startswith('| ')] == [
     '| row | mIoU | against random | against none | seeds | updates | seconds '
     '|',
@@ -164,27 +167,30 @@ def test_segmentations_are_a_table_of_mious(tmp_path):
   assert results.merge(lines, lines) == lines
 
 
-def test_segmentations_differ_in_their_start_alone():
-  argument = 'table=segmentation,segment_data=CAMVID,seeds=1'
+@pytest.mark.parametrize(('table', 'kind'), list(tables.SEGMENTATIONS.items()))
+def test_segmentations_differ_in_their_start_alone(table, kind):
+  argument = f'table={table},segment_data=CAMVID,seeds=1'
   config = imagenette.get_config(argument).to_dict()
   stages = [
     checkpoint.resolve_stage(config, stage)
     for stage in config['stages']
-    if stage.startswith('segment')
+    if stage.startswith(kind)
   ]
   starts = {stage.pop('stage'): stage.pop('init') for stage in stages}
   assert starts == {
-    'segment_random_s0': '',
-    'segment_none_s0': 'stage:finetune_none_s0',
-    'segment_both_s0': 'stage:finetune_both_s0',
-    'segment_features_class_s0': 'stage:finetune_features_class_s0',
+    f'{kind}_random_s0': '',
+    f'{kind}_none_s0': 'stage:finetune_none_s0',
+    f'{kind}_both_s0': 'stage:finetune_both_s0',
+    f'{kind}_features_class_s0': 'stage:finetune_features_class_s0',
   }
   assert all(stage == stages[0] for stage in stages)
+  head = {'segment': 'linear', 'upernet': 'upernet'}[kind]
+  assert stages[0]['segment']['head'] == head
   data = stages[0]['data']
   assert (data['data_dir'], data['eval_split']) == ('CAMVID', 'test')
   assert (data['num_classes'], data['dense']) == (11, True)
   with pytest.raises(ValueError, match='segment_data=FOLDER'):
-    imagenette.get_config('table=segmentation')
+    imagenette.get_config(f'table={table}')
   # The other stages are those of the other tables.
   other = imagenette.get_config('table=recipes,seeds=1').to_dict()
   shared = set(config['stages']) & set(other['stages'])
@@ -206,7 +212,7 @@ def test_images_of_twice_the_side_start_from_the_same_teacher():
   assert stages['teacher_double']['init'] == 'stage:teacher'
 
 
-@pytest.mark.parametrize('table', ['segmentation', 'resolution'])
+@pytest.mark.parametrize('table', [*tables.SEGMENTATIONS, 'resolution'])
 def test_smoke_of_a_table_with_other_data_checks(table):
   config = imagenette.get_config(f'table={table},seeds=1,smoke').to_dict()
   stages = [checkpoint.resolve_stage(config, s) for s in config['stages']]
@@ -234,8 +240,9 @@ def test_tables_resolve(table, scale):
     wanted = {'finetune', 'few'}
     if table in tables.NO_FEW_LABELS:
       wanted = {'finetune'}
-    if table == 'segmentation':
-      wanted = {'segment'} if row == 'random' else {'finetune', 'segment'}
+    if table in tables.SEGMENTATIONS:
+      wanted = {tables.SEGMENTATIONS[table]}
+      wanted |= set() if row == 'random' else {'finetune'}
     assert found == {(k, s) for k in wanted for s in range(3)}
   # Seed 0 of all rows comes first.
   seeds = [int(s[-1]) for s in config['stages'] if s[-2:-1] == 's']
