@@ -219,7 +219,8 @@ def page(lines):
     'seeds. A difference is taken seed by seed from the same number of the row '
     'that its column names. Updates and seconds of training are those of one '
     'seed with all labels, with the stages that it started from, without '
-    'compiling.\n'
+    'compiling; rows may have run beside other work, so seconds are no '
+    'benchmark.\n'
   ]
   for (name, scale), rows in tables.items():
     note = notes.get((name, scale))
