@@ -59,17 +59,3 @@ def _chip(device):
   kind = device.device_kind
   names = [name for name in DEVICE_KINDS if kind.startswith(name)]
   return DEVICE_KINDS[max(names, key=len)] if names else Chip()
-
-
-def step_flops(step, *args):
-  """FLOPs a device spends in a call of a jitted function, which it compiles.
-
-  The compiler's own count: what is computed again in the backward pass counts
-  twice, and a Pallas kernel counts what its cost estimate says.
-
-  Args:
-    step: the jitted function; a call with the same arguments finds the program.
-    *args: what it is called with.
-  """
-  cost = step.lower(*args).compile().cost_analysis()
-  return (cost or {}).get('flops', 0.0)

@@ -1,8 +1,9 @@
 """What a run would need on a TPU slice that is not there.
 
 libtpu compiles for chips it does not have. The real train step is compiled, so
-memory, arithmetic and traffic are the compiler's own figures; the step time is
-a lower bound from the chip's peaks, never a prediction.
+memory and traffic are the compiler's own figures, and arithmetic is counted in
+the trace; the step time is a lower bound from the chip's peaks, never a
+prediction.
 """
 
 import json
@@ -15,7 +16,14 @@ from concurrent import futures
 import jax
 import ml_collections
 
-from linearizer_jax import optimizer, sharding, tasks, traffic, train
+from linearizer_jax import (
+  arithmetic,
+  optimizer,
+  sharding,
+  tasks,
+  traffic,
+  train,
+)
 from linearizer_jax.chips import CHIPS, GIB
 from linearizer_jax.data import pipeline
 
@@ -144,18 +152,19 @@ def _compile(config, devices, batch_per_chip, memory):
   key = struct(key.shape, key.dtype, sharding=whole)
   _log.info('compiling for %d images a chip', batch_per_chip)
   rate = struct((), 'float32', sharding=whole)
-  lowered = programs.train_step.lower(
+  traced = programs.train_step.trace(
     programs.state, programs.frozen, batch, key, rate
   )
+  flops = arithmetic.count(traced.jaxpr) / len(devices)
   try:
-    compiled = lowered.compile()
+    compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     _log.info('%d images a chip do not fit', batch_per_chip)
     return None
   held = compiled.memory_analysis()
-  cost = compiled.cost_analysis()
+  moved = compiled.cost_analysis()['bytes accessed']
   total = (
     held.argument_size_in_bytes
     + held.temp_size_in_bytes
@@ -163,7 +172,7 @@ def _compile(config, devices, batch_per_chip, memory):
     - held.alias_size_in_bytes
   )
   sources = traffic.by_source(compiled.as_text())
-  found = total, cost['flops'], cost['bytes accessed'], sources
+  found = total, flops, moved, sources
   _log.info(
     '%d images a chip: %.2f GiB, %.2f TFLOP, %.1f GB moved',
     *(batch_per_chip, found[0] / GIB, found[1] / 1e12, found[2] / 1e9),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from linearizer_jax import (
+  arithmetic,
   checkpoint,
   checksums,
   chips,
@@ -160,7 +161,9 @@ def run_stage(config, workdir, devices=None, shared=None):
       batch = sharding.global_batch(mesh, record.fetch(step, iterator))
       arguments = frozen, batch, train_key, rates[step - 1]
       if step == start_step + 1:  # all compile before any waits for another
-        record.flops = chips.step_flops(program.train_step, state, *arguments)
+        traced = program.train_step.trace(state, *arguments)
+        record.flops = arithmetic.count(traced.jaxpr) / mesh.size
+        traced.lower().compile()
         hosts.wait_for_all('compiled')
       state, values = program.train_step(state, *arguments)
       record.add(step, values)

@@ -54,6 +54,7 @@ ALLOWED = {
   'results': {'checkpoint'},
   'zeroshot': set(),
   'plan': {
+    'arithmetic',
     'chips',
     'data',
     'optimizer',
@@ -62,8 +63,10 @@ ALLOWED = {
     'traffic',
     'train',
   },
+  'arithmetic': set(),
   'traffic': set(),
   'train': {
+    'arithmetic',
     'checkpoint',
     'checksums',
     'chips',
