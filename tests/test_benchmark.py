@@ -152,25 +152,31 @@ class Clock:
     return self.now
 
 
-@pytest.mark.parametrize(('seconds', 'timed'), [(6, True), (5.5, False)])
+@pytest.mark.parametrize(('seconds', 'timed'), [(30, 2), (29, 1), (5, 0)])
 def test_rounds_end_before_the_deadline(monkeypatch, seconds, timed):
   """Two calls to see how long one takes, one to warm up, three rounds."""
   clock = Clock()
   monkeypatch.setattr(programs, 'time', clock)
 
-  def call():
-    clock.now += 1
+  def program(cost):
+    def call():
+      clock.now += cost
 
-  figures = {'memory_gib': 1.0, 'xla_gflop_per_image': 1.0}
-  program = types.SimpleNamespace(
-    figures=figures, device=jax.devices()[0], start=lambda: call
-  )
-  case = programs.Case(
-    STUDENT, 'student', None, (224, 224), 1, 'one', 'inference', 'float32'
-  )
-  (found,) = programs.measure({case: program}, 0, seconds, limit_gib=2)
-  assert (found['reason'] is None) == timed
-  assert clock.now == (6 if timed else 2)
+    figures = {'memory_gib': 1.0, 'xla_gflop_per_image': 1.0}
+    return types.SimpleNamespace(
+      figures=figures, device=jax.devices()[0], start=lambda: call
+    )
+
+  made = {
+    programs.Case(
+      STUDENT, 'student', None, (224, 224), batch, 'full', 'training', 'float32'
+    ): program(cost)
+    for batch, cost in ((1, 1), (8, 4))
+  }
+  rows = programs.measure(made, 0, seconds, limit_gib=2)
+  assert [r['reason'] is None for r in rows] == [timed > 0, timed > 1]
+  # What is found to take too long has been called twice.
+  assert clock.now == {2: 30, 1: 6 + 8, 0: 2 + 8}[timed]
 
 
 def test_a_host_lends_half_its_memory(monkeypatch):

@@ -145,7 +145,7 @@ def measure(programs, seconds, deadline, limit_gib):
     'device_peak_gib', each None where there is no such figure, and 'reason',
     None where the case was timed.
   """
-  rows, calls = [], {}
+  rows, calls, turn = [], {}, 0.0
   for case, program in programs.items():
     row = case.row() | {
       'milliseconds': None,
@@ -181,11 +181,12 @@ def measure(programs, seconds, deadline, limit_gib):
       calls.pop(id(row), None)
       continue
     row['device_peak_gib'] = after / GIB if after > before else None
-    # The fewest rounds, and one before them to warm up.
-    turns = (1 + bench.ROUNDS[0]) * len(programs)
-    if time.monotonic() + turns * once > deadline:
+    # The fewest rounds of all so far, and one before them to warm up.
+    if time.monotonic() + (1 + bench.ROUNDS[0]) * (turn + once) > deadline:
       row['reason'] = f'one call takes {once:.1f} s, more than is left'
       del calls[id(row)]
+      continue
+    turn += once
   timed = [row for row in rows if id(row) in calls]
   try:
     medians = bench.median_times([calls[id(row)] for row in timed], seconds)
