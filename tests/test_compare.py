@@ -256,47 +256,66 @@ def test_one_command(monkeypatch, tmp_path, capsys):
   assert list(names) == ['pallas_cpu', 'reference', 'xla', 'xla_scan']
 
 
+def measure_tiny(programs, seconds=1e5, hung=()):
+  """{(program, direction): row} of the tiny shape."""
+  rows = run.measure(
+    'tiny',
+    lambda folder: programs,
+    'float32',
+    {'peak_flops': None, 'peak_bandwidth': None},
+    time.monotonic() + seconds,
+    lambda timeout: None,
+    hung,
+  )
+  return {(row['program'], row['direction']): row for row in rows}
+
+
 def test_a_spent_budget_is_said(monkeypatch):
   monkeypatch.setattr(run, 'Worker', Local)
   monkeypatch.setitem(SHAPES, 'tiny', TINY)
-  rows = run.measure(
-    'tiny',
-    lambda folder: {'xla': (jax_programs.Scan, 'xla', folder, TINY, 'float32')},
-    'float32',
-    {'peak_flops': None, 'peak_bandwidth': None},
-    time.monotonic() - 1,
-    None,
-    set(),
-  )
-  reasons = {row['reason'] for row in rows}
+  scan = jax_programs.Scan, 'xla', None, TINY, 'float32'
+  rows = measure_tiny({'xla': scan}, seconds=-1)
+  reasons = {row['reason'] for row in rows.values()}
   assert reasons == {'the budget of seconds is spent (--seconds)'}
 
 
-def test_a_kernel_that_hangs_is_not_waited_for_again(monkeypatch):
-  class Hangs(Local):
-    def ask(self, method, *args, timeout):
+class Breaks:
+  """A `Worker` whose process ends with what it is told to break at."""
+
+  def __init__(self, factory, *args):
+    self.breaks, self.alive = args[0], True
+
+  def ask(self, method, *args, timeout):
+    self.alive &= (method, *args)[:2] != ('prepare', self.breaks)
+    if not self.alive:
       raise WorkerError('no answer in 45 s')
+    return 2.0 if method == 'sample' else {}
 
-  monkeypatch.setattr(run, 'Worker', Hangs)
+  def close(self):
+    pass
+
+
+def test_a_broken_backward_leaves_the_forward_its_time(monkeypatch):
+  monkeypatch.setattr(run, 'Worker', Breaks)
   monkeypatch.setitem(SHAPES, 'tiny', TINY)
+  forward, backward = counts.DIRECTIONS
+  programs = {
+    'pallas_gpu': (int, backward),
+    'pallas_other': (int, forward),
+    'mamba_ssm': (int, backward),
+  }
   hung = set()
-
-  def reasons():
-    rows = run.measure(
-      'tiny',
-      lambda folder: {'pallas_gpu': (int,), 'mamba_ssm': (int,)},
-      'float32',
-      {'peak_flops': None, 'peak_bandwidth': None},
-      time.monotonic() + 1e5,
-      lambda timeout: None,
-      hung,
-    )
-    return [row['reason'] for row in rows]
-
-  slow, before = 'no answer in 45 s', 'not started: it hung at a shape before'
-  assert reasons() == [slow] * 4
-  assert hung == {'pallas_gpu'}
-  assert reasons() == [before, before, slow, slow]
+  for reason in ('no answer in 45 s', 'not run: it hung before'):
+    rows = measure_tiny(programs, hung=hung)
+    for name in ('pallas_gpu', 'mamba_ssm'):
+      assert rows[name, forward]['milliseconds'] == 2
+    assert rows['pallas_gpu', backward]['reason'] == reason
+    assert rows['pallas_other', forward]['reason'] == reason
+    before = rows['pallas_other', backward]['reason']
+    assert before == 'not run: it hung before'
+    # A peer may only have been slow.
+    assert rows['mamba_ssm', backward]['reason'] == 'no answer in 45 s'
+    assert hung == {('pallas_gpu', backward), ('pallas_other', forward)}
 
 
 def test_wrong_arguments(monkeypatch, tmp_path, capsys):

@@ -24,8 +24,8 @@ from linearizer_jax.kernels.compare.worker import Worker, WorkerError
 from linearizer_jax.kernels.ssd import api
 from linearizer_jax.kernels.ssd.shapes import SHAPES
 
-PREPARING = 0.85  # share of a shape's time after which nothing is compiled
-SAMPLING = 40  # most seconds a shape is sampled
+PREPARING = 0.85  # share of the time after which nothing is compiled
+SAMPLING = 20  # most seconds a direction is sampled
 PATIENCE = 45  # fewest seconds that an answer is waited for
 COMPILING = 60  # seconds that the first shape has more, for Triton's compiler
 DEFAULT_SHAPES = {'cpu': ('cpu_198', 'cpu_786')}
@@ -64,10 +64,10 @@ def run(options, command):
   }
   if platform == 'gpu':
     results |= versions('torch', 'triton')
-  before_triton, more = lambda timeout: None, 0
+  wait_for_triton, more = lambda timeout: None, 0
   if options.mamba_ssm and platform == 'gpu':
     results['mamba_ssm'] = mamba.find(options.mamba_ssm)[1]
-    before_triton = start_compilers(options.mamba_ssm, names, dtype)
+    wait_for_triton = start_compilers(options.mamba_ssm, names, dtype)
     more = min(COMPILING, options.seconds / 4)
   hung = set()
   for i, name in enumerate(names):
@@ -81,7 +81,7 @@ def run(options, command):
       dtype,
       results,
       time.monotonic() + share,
-      before_triton,
+      wait_for_triton,
       hung,
     )
     write(results, options)
@@ -148,8 +148,11 @@ def start_compilers(folder, names, dtype):
   return wait
 
 
-def measure(name, make_programs, dtype, peaks, end, before_triton, hung):
-  """Rows of one shape: prepared one after another, then sampled in turns.
+def measure(name, make_programs, dtype, peaks, end, wait_for_triton, hung):
+  """Rows of one shape: in each direction prepared, then sampled in turns.
+
+  Forward is timed before the first backward runs: one that breaks its process
+  does not take the other's times with it.
 
   Args:
     name: of the shape.
@@ -157,17 +160,17 @@ def measure(name, make_programs, dtype, peaks, end, before_triton, hung):
     dtype: of the run.
     peaks: mapping with the device's 'peak_flops' and 'peak_bandwidth'.
     end: of time.monotonic().
-    before_triton: called with seconds before mamba_ssm is tuned.
-    hung: kernels of ours that gave no answer at an earlier shape, which are not
-      waited for again; those of this shape are added.
+    wait_for_triton: called with seconds before anything is prepared: neither
+      XLA nor Triton tunes beside compilers that use the device.
+    hung: (kernel of ours, direction) that gave no answer at an earlier shape,
+      which are not waited for again; those of this shape are added.
 
   Returns:
     A row for each program and direction: 'shape', 'program', 'direction',
     'milliseconds', 'samples', 'error' (the largest of 'errors'), 'reason' where
     there is no time, what `prepare` gives, and `counts.derived`.
   """
-  shape = SHAPES[name]
-  prepare_end = end - (1 - PREPARING) * (end - time.monotonic())
+  shape, rows = SHAPES[name], []
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
 
     def start(*arguments):
@@ -175,25 +178,31 @@ def measure(name, make_programs, dtype, peaks, end, before_triton, hung):
 
     reference = start(exact.Exact, shape, dtype)
     workers = {
-      program: None if program in hung else start(*arguments)
+      program: start(*arguments)
       for program, arguments in make_programs(folder).items()
     }
     try:
-      left = prepare_end - time.monotonic()
+      left = PREPARING * (end - time.monotonic())
       reference.ask('write', folder, timeout=max(left / 2, 0))
     except WorkerError as error:
       print(f'{name}: no float64 to compare with: {error}', flush=True)
     reference.close()  # and what it holds of the device's memory
-    rows = []
-    for program, worker in workers.items():
-      if program == 'mamba_ssm':
-        before_triton((prepare_end - time.monotonic()) / 2)
-      for direction in counts.DIRECTIONS:
+    wait_for_triton((end - time.monotonic()) / 2)
+    for i, direction in enumerate(counts.DIRECTIONS):
+      left = (end - time.monotonic()) / (len(counts.DIRECTIONS) - i)
+      stop = time.monotonic() + left
+      prepared = []
+      for program, worker in workers.items():
         row = {'shape': name, 'program': program, 'direction': direction}
-        rows.append(row | prepare(worker, direction, prepare_end))
-        if is_hung(rows[-1]):
-          hung.add(program)
-    sample(rows, workers, min(end - time.monotonic(), SAMPLING))
+        # A backward pass contains the forward one.
+        if any((program, d) in hung for d in counts.DIRECTIONS[: i + 1]):
+          worker = None
+        row |= prepare(worker, direction, stop - (1 - PREPARING) * left)
+        if is_hung(row):
+          hung.add((program, direction))
+        prepared.append(row)
+      sample(prepared, workers, min(stop - time.monotonic(), SAMPLING))
+      rows += prepared
   for row in rows:
     row |= counts.derived(row, shape, dtype, peaks)
     print(json.dumps(row), flush=True)
@@ -204,7 +213,7 @@ def prepare(worker, direction, end):
   """The part of a row that is known before it is sampled."""
   row = {'milliseconds': None, 'error': None, 'reason': None}
   if worker is None:
-    return row | {'reason': 'not started: it hung at a shape before'}
+    return row | {'reason': 'not run: it hung before'}
   left = end - time.monotonic()
   if left <= 0:
     return row | {'reason': 'the budget of seconds is spent (--seconds)'}
