@@ -5,9 +5,10 @@
   python kernels/bench.py --chip v5e --out tpu.json   # without a TPU
   python kernels/bench.py --all --mamba_ssm DIR   # against peers, on a GPU
 
-With --all every program has a process of its own, is compared with float64
-and, on a GPU, timed beside the Triton kernels of mamba_ssm and flash attention;
-files are written after each shape (kernels/compare). The rest is without it.
+With --all, on a CPU or GPU, every program has a process of its own, is compared
+with float64 and, on a GPU, timed beside the Triton kernels of mamba_ssm and
+flash attention; files are written after each shape (kernels/compare). The rest
+is without it.
 
 The programs of one shape run in turns, so that a busy machine slows all of
 them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
@@ -106,6 +107,7 @@ def main():
 def compare(options):
   """The comparison with peers; see kernels/compare."""
   from linearizer_jax.kernels.compare import run, table
+  from linearizer_jax.kernels.compare.worker import WorkerError
 
   command = 'python kernels/bench.py --all'
   told = vars(options) | {
@@ -117,7 +119,11 @@ def compare(options):
     if value := told[name]:
       several = value if isinstance(value, list) else [f'{value}']
       command += f' --{name} {" ".join(several)}'
-  print('\n' + table.shapes(run.run(options, command)))
+  try:
+    results = run.run(options, command)
+  except (ValueError, WorkerError) as error:
+    raise SystemExit(f'bench.py --all: {error}') from error
+  print('\n' + table.shapes(results))
 
 
 def parse_arguments():
@@ -147,7 +153,7 @@ def parse_arguments():
     '--max_gib',
     type=float,
     help='programs with more temporary memory are compiled but not run '
-    '(default 8, none on an accelerator with --all)',
+    '(default 8, none on a GPU with --all)',
   )
   parser.add_argument(
     '--bundles',

@@ -17,6 +17,7 @@ from linearizer_jax.kernels.compare import (
   counts,
   exact,
   jax_programs,
+  mamba,
   run,
   table,
 )
@@ -327,6 +328,24 @@ def test_wrong_arguments(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
       bench.main()
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('platform', 'message'),
+  [
+    ('tpu', '--all compares on a CPU or a GPU, this is a TPU'),
+    ('cpu', '--mamba_ssm needs a GPU, and JAX has found none'),
+  ],
+)
+def test_devices_that_cannot(monkeypatch, platform, message):
+  monkeypatch.setattr(run, 'Worker', Local)
+  monkeypatch.setattr(
+    jax_programs.JaxProgram, 'about', lambda self: {'platform': platform}
+  )
+  monkeypatch.setattr(mamba, 'find', lambda folder: (folder, '2.2.5'))
+  monkeypatch.setattr(sys, 'argv', ['bench.py', '--all', '--mamba_ssm=there'])
+  with pytest.raises(SystemExit, match=message):
+    bench.main()
 
 
 def test_which_programs_run_on_a_gpu():

@@ -28,8 +28,10 @@ PREPARING = 0.85  # share of the time after which nothing is compiled
 SAMPLING = 20  # most seconds a direction is sampled
 PATIENCE = 45  # fewest seconds that an answer is waited for
 COMPILING = 60  # seconds that the first shape has more, for Triton's compiler
-DEFAULT_SHAPES = {'cpu': ('cpu_198', 'cpu_786')}
-ACCELERATOR_SHAPES = ('base_224', 'base_512', 'base_2048')
+DEFAULT_SHAPES = {
+  'cpu': ('cpu_198', 'cpu_786'),
+  'gpu': ('base_224', 'base_512', 'base_2048'),
+}
 
 
 def run(options, command):
@@ -43,6 +45,10 @@ def run(options, command):
 
   Returns:
     What the JSON file holds.
+
+  Raises:
+    ValueError: a device that this cannot be run on, or not with these options.
+    WorkerError: JAX finds no device.
   """
   # Processes share the device, so none may take most of its memory at once.
   os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
@@ -51,10 +57,11 @@ def run(options, command):
   results = asked.ask('about', timeout=options.seconds)
   asked.close()
   platform = results['platform']
+  _check(platform, options)
   on_cpu = platform == 'cpu'
   dtype = options.dtype or ('float32' if on_cpu else 'bfloat16')
   max_gib = options.max_gib or (8 if on_cpu else None)
-  names = options.shapes or DEFAULT_SHAPES.get(platform, ACCELERATOR_SHAPES)
+  names = options.shapes or DEFAULT_SHAPES[platform]
   results |= {
     'command': command,
     'dtype': dtype,
@@ -65,7 +72,7 @@ def run(options, command):
   if platform == 'gpu':
     results |= versions('torch', 'triton')
   wait_for_triton, more = lambda timeout: None, 0
-  if options.mamba_ssm and platform == 'gpu':
+  if options.mamba_ssm:
     results['mamba_ssm'] = mamba.find(options.mamba_ssm)[1]
     wait_for_triton = start_compilers(options.mamba_ssm, names, dtype)
     more = min(COMPILING, options.seconds / 4)
@@ -86,6 +93,21 @@ def run(options, command):
     )
     write(results, options)
   return results
+
+
+def _check(platform, options):
+  """Raises ValueError for a device that the comparison cannot use."""
+  if platform not in DEFAULT_SHAPES:
+    raise ValueError(
+      f'--all compares on a CPU or a GPU, this is a {platform.upper()}: every '
+      'program has a process of its own, and only one of them could hold it. '
+      'Leave --all out.'
+    )
+  if options.mamba_ssm and platform != 'gpu':
+    raise ValueError(
+      '--mamba_ssm needs a GPU, and JAX has found none. On a machine that has '
+      'one, the extra [cuda] is missing.'
+    )
 
 
 def versions(*names):
