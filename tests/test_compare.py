@@ -367,10 +367,19 @@ def test_which_programs_run_on_a_gpu():
 
 def test_several_sets_in_one_program(monkeypatch):
   monkeypatch.setattr(counts, 'SETS', 3)
+  traced = []
+
+  def trace(*args, real=bench.trace):
+    traced.append(real(*args))
+    return traced[-1]
+
+  monkeypatch.setattr(bench, 'trace', trace)
   scan = jax_programs.Scan('reference', None, TINY, 'bfloat16')
   inputs, function = scan.inputs(), scan.function('forward')
   *_, last = results = scan._many(function, inputs)()
   assert len(results) == 3
+  # Between two calls nothing is fused, as between two that Python makes.
+  assert str(traced[0].jaxpr).count('optimization_barrier') == 2
   moved = jax.tree.map(
     lambda a: jnp.roll(a, 2, axis=1) if a.ndim > 1 else a, inputs
   )

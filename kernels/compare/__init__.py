@@ -8,9 +8,9 @@ What is timed: a sample is about 20 ms of calls that are issued one after
 another, with one wait at the end. All programs of a shape are sampled in turns,
 forward and then with backward, and the median counts. A short kernel would hide
 behind the time that Python takes to issue it. So a JAX program below
-`counts.MANY_BELOW_MS` is compiled once more, for `counts.SETS` sets of arguments
-at a time, and every torch program is captured as a CUDA graph of as many calls
-on as many sets. The sets differ, so that not all of them stay in the device's
-cache. What a call takes that comes from Python is `called_milliseconds` beside
-it.
+`counts.MANY_BELOW_MS` is compiled once more, for `counts.SETS` sets of
+arguments, one after another, and every torch program is captured as a CUDA
+graph of as many calls on as many sets. The sets differ, so that not all of them
+stay in the device's cache. `called_milliseconds` beside it is the time of a
+call from Python.
 """
