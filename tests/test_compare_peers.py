@@ -134,7 +134,7 @@ def test_mamba_runs_without_its_package(package, folder, cuda):  # noqa: F811
   assert list(row['errors']) == list(exact.OUTPUTS)
   assert row['mib'] == 2
   assert set(row['tried_chunk_sizes']) == set(mamba.CHUNKS)
-  assert ('note' in row) != cuda.captures
+  assert ('operation not permitted' in row.get('note', '')) != cuda.captures
   tried = row['tried_chunk_sizes']
   assert tried[row['chunk_size']] == min(tried.values())
   assert cuda.captures or row['chunk_size'] != 256  # much the slowest here

@@ -163,9 +163,9 @@ def start_compilers(folder, names, dtype):
       worker = workers.pop()
       try:
         worker.receive(late - time.monotonic())
-        worker.close()
       except WorkerError as error:  # tuning compiles what is missing
         print(f'compiling mamba_ssm beforehand: {error}', flush=True)
+      worker.close()
 
   return wait
 

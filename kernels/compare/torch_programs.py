@@ -40,9 +40,9 @@ class TorchProgram:
       'mib': self._memory(call),
       'called_milliseconds': self._settled(call),
     }
-    call, calls = self._many(function)
-    if calls == 1:
-      row['note'] = 'called one by one: it cannot be captured as a CUDA graph'
+    call, calls, failure = self._many(function)
+    if failure:
+      row['note'] = f'called one by one, for want of a CUDA graph: {failure}'
     repeats = counts.repeats(self._settled(call))
     self._calls[direction] = call, repeats, calls
     return row
@@ -112,11 +112,12 @@ class TorchProgram:
     return (cuda.max_memory_allocated() - before) / 2**20
 
   def _many(self, function):
-    """(what to call, how many calls that makes): a graph where it can be."""
+    """(what to call, how many calls that makes, why it is no graph or None)."""
     try:
-      return self._graph(function), counts.SETS
-    except RuntimeError:
-      return functools.partial(function, *self.sets()[0]), 1
+      return self._graph(function), counts.SETS, None
+    except RuntimeError as error:
+      once = functools.partial(function, *self.sets()[0])
+      return once, 1, bench.first_line(error)
 
   def _graph(self, function):
     """A replay of calls on all sets."""
@@ -176,7 +177,7 @@ class MambaScan(TorchProgram):
       function = self.function(direction, chunk=chunk)
       try:
         function(*self.sets()[0])  # tunes
-        call, calls = self._many(function)
+        call, calls, _ = self._many(function)
         tried[chunk] = self._settled(call) / calls
       except Exception as error:  # the others may work
         failed[chunk] = bench.first_line(error)

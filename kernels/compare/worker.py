@@ -65,7 +65,7 @@ class Worker:
   def close(self):
     """Ends the process, whatever it does."""
     self._process.kill()
-    self._process.join()
+    self._process.join(10)  # a driver may hold one that hangs in a kernel
     self._pipe.close()
 
 
