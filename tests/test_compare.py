@@ -348,6 +348,23 @@ def test_devices_that_cannot(monkeypatch, platform, message):
     bench.main()
 
 
+def test_what_is_wrong_is_not_timed(monkeypatch):
+  class Gives(Breaks):
+    def ask(self, method, *args, timeout):
+      return {'errors': self.breaks} if method == 'prepare' else 1.0
+
+  monkeypatch.setattr(run, 'Worker', Gives)
+  monkeypatch.setitem(SHAPES, 'tiny', TINY)
+  rows = measure_tiny({
+    'good': (int, {'y': 2e-3, 'dx': 4e-3}),
+    'bad': (int, {'y': 2e-3, 'dx': 0.5, 'dA': None}),
+  })  # fmt: skip
+  good, bad = rows['good', 'forward'], rows['bad', 'forward']
+  assert (good['milliseconds'], good['error']) == (1.0, 4e-3)
+  assert (bad['milliseconds'], bad['error']) == (None, None)
+  assert bad['reason'] == ('wrong results: dx off by 0.5, dA not finite')
+
+
 def test_which_programs_run_on_a_gpu():
   options = types.SimpleNamespace(implementations=None, mamba_ssm='there')
   found = run.programs('gpu', options, TINY, 'bfloat16', None, 'folder')

@@ -8,6 +8,7 @@ ATTENTION_DIM = 64  # of a head
 CHUNK = 128  # tokens in a chunk of the scan, for its FLOPs
 BACKWARD = 2  # a backward pass is two products for each one of the forward
 SETS = 8  # of arguments, in a program that runs several times
+WRONG = 0.1  # relative error from which on a program is not timed
 MANY_BELOW_MS = 0.5
 SAMPLE_MS = 20.0
 MOST_REPEATS = 200

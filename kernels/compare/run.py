@@ -246,10 +246,15 @@ def prepare(worker, direction, end):
   except WorkerError as error:
     return row | {'reason': str(error)}
   errors = row.get('errors', {})
-  if wrong := [name for name, error in errors.items() if error is None]:
-    row['note'] = f'not finite: {", ".join(wrong)}'
-  elif errors:
+  if errors and None not in errors.values():
     row['error'] = max(errors.values())
+  wrong = [
+    f'{name} ' + ('not finite' if error is None else f'off by {error:.2g}')
+    for name, error in errors.items()
+    if error is None or error > counts.WRONG
+  ]
+  if wrong:  # however fast it is
+    row['reason'] = f'wrong results: {", ".join(wrong)}'
   return row
 
 
