@@ -257,6 +257,31 @@ def test_one_command(monkeypatch, tmp_path, capsys):
   assert list(names) == ['pallas_cpu', 'reference', 'xla', 'xla_scan']
 
 
+def test_implementations_in_one_process(monkeypatch, tmp_path, capsys):
+  """Without --all; what needs too much memory is compiled alone."""
+  out = tmp_path / 'bench.json'
+  monkeypatch.setattr(bench, 'ROUNDS', (2, 2))
+  monkeypatch.setitem(SHAPES, 'tiny', TINY)
+  command = f'bench.py --shapes tiny --implementations reference --out={out}'
+
+  def milliseconds(*more):
+    monkeypatch.setattr(sys, 'argv', [*command.split(), *more])
+    bench.main()
+    results = json.loads(out.read_text())
+    assert results['platform'] == 'cpu'
+    for row in results['rows']:
+      assert row['temporary_mib'] > 0
+      assert row['gflop'] > 0
+    return {r['direction']: r['milliseconds'] for r in results['rows']}
+
+  times = milliseconds()
+  assert tuple(times) == counts.DIRECTIONS
+  assert all(time > 0 for time in times.values())
+  assert '| tiny | reference | ' in capsys.readouterr().out
+  assert set(milliseconds('--max_gib=1e-9').values()) == {None}
+  assert '| tiny | reference | - | ' in capsys.readouterr().out
+
+
 def measure_tiny(programs, seconds=1e5, hung=()):
   """{(program, direction): row} of the tiny shape."""
   rows = run.measure(
