@@ -171,6 +171,9 @@ def test_the_page_says_how_much_faster():
   assert 'late, forward: no answer in 9 s.' in text
   assert 'KiB a token: 4 forward, 4 forward+backward' in text
   assert 'base_512' not in text
+  assert 'their share of 4800 GB/s and 989 TFLOP/s.' in text
+  text = table.page(results | {'dtype': 'float32'})
+  assert 'their share of 4800 GB/s.' in text  # no peak of float32 is known
 
 
 # ------------------------------------------------------------- the whole of it

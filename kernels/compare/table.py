@@ -56,9 +56,10 @@ def _notes(results):
   peaks = ''
   if results['peak_bandwidth']:
     peaks = (
-      f', in brackets their share of {results["peak_bandwidth"] / 1e9:.0f} '
-      f'GB/s and {results["peak_flops"] / 1e12:.0f} TFLOP/s'
+      f', in brackets their share of {results["peak_bandwidth"] / 1e9:.0f} GB/s'
     )
+    if results['dtype'] == 'bfloat16':
+      peaks += f' and {results["peak_flops"] / 1e12:.0f} TFLOP/s'
   return (
     'Medians of programs that run in turns, each in a process of its own; '
     'short ones run many times in one compiled program or CUDA graph. Error '
