@@ -19,6 +19,7 @@ from linearizer_jax.benchmark import (
   summary,
 )
 from linearizer_jax.kernels import bench, sections
+from linearizer_jax.kernels.compare.worker import WorkerError
 
 STUDENT, TEACHER = 'adventurer_base_patch16', 'vit_base_patch16'
 SMALL = {
@@ -361,6 +362,41 @@ def test_the_step_of_a_distillation(tmp_path, monkeypatch, capsys):
   assert '<!-- begin distillation jax cpu -->' in text
   assert '## Distillation step, jax on CPU' in text
   assert f'- pallas_tpu: {failed["reason"]}.' in text
+
+
+def test_a_step_that_hangs_leaves_the_others(monkeypatch):
+  asked = []
+
+  class Fake:
+    def __init__(self, factory):
+      assert factory is distill.Alone
+
+    def ask(self, method, path, options, timeout):
+      asked.append((options['seconds'], timeout))
+      if options['implementations'] == ['xla']:
+        raise WorkerError('no answer in 9 s')
+      return [{'implementation': 'xla_scan', 'images_per_second': 5.0}]
+
+    def close(self):
+      asked.append('closed')
+
+  monkeypatch.setattr(distill, 'Worker', Fake)
+  results = distill.run_apart(
+    'configs/distill_base.py:smoke',
+    device=jax.devices()[0],
+    batch=2,
+    implementations=['xla', 'xla_scan'],
+    seconds=100,
+  )
+  failed, timed = results['rows']
+  assert failed['reason'] == 'no answer in 9 s'
+  assert timed['images_per_second'] == 5
+  (child, whole), closed, (_, rest), _ = asked
+  assert closed == 'closed'
+  assert child < whole < 50 < rest < 100  # what one leaves, the next may take
+  assert '- xla: no answer in 9 s.' in distill.markdown(
+    results | {'command': '', 'rows': [failed]}
+  )
 
 
 def test_distillations_that_are_none():

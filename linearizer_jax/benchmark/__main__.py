@@ -9,6 +9,7 @@ python -m linearizer_jax.benchmark --table=FILE.json
 import argparse
 import json
 import logging
+import os
 import pathlib
 import shlex
 import sys
@@ -165,15 +166,19 @@ def measure_torch(options):
 
 def measure_distillation(options):
   """Results of a distillation's train step on the first device."""
+  # Other processes may run the steps, and must find the device's memory free.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   import jax
 
   from linearizer_jax.benchmark import distill
 
   names = 'torch', 'models', 'sizes', 'tokens', 'dtype'
   refuse(options, *names, why='they do not go with --distill')
-  return distill.run(
+  device = jax.devices()[0]
+  how = distill.run_apart if device.platform == 'gpu' else distill.run
+  return how(
     options.distill,
-    device=jax.devices()[0],
+    device=device,
     batch=options.batch or 256,
     implementations=options.implementations,
     seconds=options.seconds,

@@ -1,5 +1,6 @@
 """The train step of a distillation: images per second, share of the peak."""
 
+import contextlib
 import dataclasses
 import pathlib
 import runpy
@@ -12,7 +13,10 @@ import jax
 from linearizer_jax import chips, optimizer, sharding, steps, tasks
 from linearizer_jax.benchmark import flops, programs
 from linearizer_jax.benchmark import run as benchmark
+from linearizer_jax.kernels.compare.worker import Worker, WorkerError
 from linearizer_jax.kernels.ssd import api
+
+STARTING = 0.15  # share of the time of a process of its own, for its start
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,21 +106,8 @@ def run(path, *, device, batch, implementations, seconds, max_gib=None):
   Raises:
     ValueError: no distillation, or one that does not fit itself.
   """
-  platform = device.platform
-  names = implementations or dict.fromkeys(
-    [
-      api.DEFAULT_IMPLEMENTATION.get(platform, 'xla'),
-      *(name for name in api.IMPLEMENTATIONS if name.endswith(platform)),
-      'xla',
-    ]
-  )
   end = time.monotonic() + seconds
-  cases = []
-  for name in names:
-    config = load_config(path)
-    config.batch_size, config.student.ssd_implementation = batch, name
-    cases.append(Case(config, device))
-    cases[-1].row()  # what does not fit is an error before anything is compiled
+  cases = make_cases(path, device, batch, implementations)
   made = benchmark.compile_all(
     cases,
     device,
@@ -134,6 +125,61 @@ def run(path, *, device, batch, implementations, seconds, max_gib=None):
     row['flops_utilization'] = share
   about = {'config': path, 'batch': batch, 'seconds': seconds}
   return benchmark.about(device, **about) | {'rows': rows}
+
+
+def run_apart(path, *, device, batch, implementations, seconds, max_gib=None):
+  """As `run`, but one after another, each in a process of its own.
+
+  A kernel that hangs or breaks its connection with the device takes nothing
+  else with it. This process must not hold the device's memory.
+  """
+  end, rows = time.monotonic() + seconds, []
+  cases = make_cases(path, device, batch, implementations)
+  for i, case in enumerate(cases):
+    left = (end - time.monotonic()) / (len(cases) - i)
+    options = {
+      'batch': batch,
+      'implementations': [case.config.student.ssd_implementation],
+      'seconds': (1 - STARTING) * left,
+      'max_gib': max_gib,
+    }
+    with contextlib.closing(Worker(Alone)) as alone:
+      try:
+        rows += alone.ask('rows', path, options, timeout=left)
+      except WorkerError as error:
+        (row,) = programs.measure({case: str(error)}, 0, 0, 0)
+        rows.append(row | {'flops_utilization': None})
+  about = {'config': path, 'batch': batch, 'seconds': seconds}
+  return benchmark.about(device, **about) | {'rows': rows}
+
+
+class Alone:
+  """`run` on the first device, for a `Worker`."""
+
+  def rows(self, path, options):
+    return run(path, device=jax.devices()[0], **options)['rows']
+
+
+def make_cases(path, device, batch, implementations):
+  """A `Case` for each implementation, or those of the platform.
+
+  Raises:
+    ValueError: no distillation, or one that does not fit itself.
+  """
+  platform, cases = device.platform, []
+  names = implementations or dict.fromkeys(
+    [
+      api.DEFAULT_IMPLEMENTATION.get(platform, 'xla'),
+      *(name for name in api.IMPLEMENTATIONS if name.endswith(platform)),
+      'xla',
+    ]
+  )
+  for name in names:
+    config = load_config(path)
+    config.batch_size, config.student.ssd_implementation = batch, name
+    cases.append(Case(config, device))
+    cases[-1].row()  # what does not fit is an error before anything is compiled
+  return cases
 
 
 def load_config(path):
@@ -162,7 +208,7 @@ def markdown(results):
   lines = [
     f'```bash\n{results["command"]}\n```\n',
     f'{results["device"]}, jax {results["jax"]}, {results["batch"]} images a '
-    'step, random images and weights. Medians of steps in turns. Utilisation '
+    'step, random images and weights. Medians of steps. Utilisation '
     'is that of bfloat16 products at peak: of the method, three passes of the '
     'student and one of the teacher, without what is computed twice.',
     '',
