@@ -294,7 +294,7 @@ def main(argv=None):
   trade.add_argument('files', nargs='+', help='JSON files of the benchmark')
   trade.add_argument('--load', choices=('full', 'one'), default='full')
   trade.add_argument(
-    '--accuracy', nargs='+', default=[], metavar='MODEL=PERCENT'
+    '--accuracy', type=percent, nargs='+', default=[], metavar='MODEL=PERCENT'
   )
   trade.add_argument('--out', default='tradeoff.png', help='file to write')
   options = parser.parse_args(argv)
@@ -310,8 +310,7 @@ def main(argv=None):
         *(options.images, options.labels, options.out, options.names),
       )
     else:
-      pairs = (pair.split('=') for pair in options.accuracy)
-      accuracy = {model: float(value) for model, value in pairs}
+      accuracy = dict(options.accuracy)
       tradeoff(options.files, options.out, load=options.load, accuracy=accuracy)
   except (ValueError, OSError, ImportError) as error:
     return f'{parser.prog} {options.command}: {error}'
@@ -322,6 +321,12 @@ def numbers(text):
   """'3,4' -> (3, 4)."""
   row, column = text.split(',')
   return int(row), int(column)
+
+
+def percent(text):
+  """'vit=84.7' -> ('vit', 84.7)."""
+  model, value = text.split('=')
+  return model, float(value)
 
 
 def _named(text):

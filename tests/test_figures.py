@@ -89,6 +89,9 @@ def test_tradeoff(results, tmp_path, capsys):  # noqa: F811 (the fixture)
   assert not figures.main([*arguments, '--accuracy', *accuracy])
   with Image.open(out) as drawn:
     assert drawn.width > 1000  # speed and memory side by side
+  with pytest.raises(SystemExit):
+    figures.main([*arguments, '--accuracy', 'vit'])
+  assert "--accuracy: invalid percent value: 'vit'" in capsys.readouterr().err
   text = figures.main([*arguments, '--accuracy', 'other=1'])
   assert "--accuracy names ['other']" in text
   assert 'nothing was timed with --load=one' in figures.main(
