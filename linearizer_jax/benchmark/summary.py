@@ -18,7 +18,6 @@ def comparisons(rows):
       'speedup': images/s of the student over the teacher's,
       'flop_ratio': FLOPs of the teacher over the student's,
       'share': the first over the second,
-      'memory_ratio': memory of the teacher over the student's at equal batch,
     each None where a figure is missing.
   """
   students, teachers = (
@@ -37,7 +36,6 @@ def comparisons(rows):
     own = mine[key]
     speedup = _ratio(own, row, 'images_per_second')
     arithmetic = _ratio(row, own, 'gflop_per_image')
-    same_batch = own['batch'] == row['batch']
     found.append(
       {k: row[k] for k in (*PAIRED, 'pixels', 'variant')}
       | {
@@ -48,7 +46,6 @@ def comparisons(rows):
         'speedup': speedup,
         'flop_ratio': arithmetic,
         'share': speedup and arithmetic and speedup / arithmetic,
-        'memory_ratio': _ratio(row, own, 'memory_gib') if same_batch else None,
       }
     )
   return found
@@ -137,11 +134,12 @@ def _table(pairs):
   for p in pairs:
     own, other = p['student_row'], p['teacher_row']
     teacher = p['teacher'] + p['variant'].removeprefix('teacher')
+    batches = dict.fromkeys((own['batch'], other['batch']))
     cells = [
       p['size'].replace('x', ' x '),
       p['student'],
       teacher,
-      f'{own["batch"]}',
+      ', '.join(map(str, batches)),  # other patches, other batches
       _number(own['images_per_second']),
       _number(other['images_per_second']),
       _number(p['speedup']),
