@@ -423,6 +423,14 @@ def test_several_sets_in_one_program(monkeypatch):
   inputs, function = scan.inputs(), scan.function('forward')
   *_, last = results = scan._many(function, inputs)()
   assert len(results) == 3
+  hides = jax_programs.JaxProgram, '_hides', lambda self, milliseconds: True
+  monkeypatch.setattr(*hides)
+  for seconds, calls in ((1e5, 3), (0, 1)):
+    monkeypatch.setattr(counts, 'MANY_SECONDS', seconds)
+    row = scan.prepare('forward', None)
+    assert scan._calls['forward'][-1] == calls
+    assert ('note' in row) == (calls == 1)
+    assert scan.sample('forward') > 0
   # Between two calls nothing is fused, as between two that Python makes.
   assert str(traced[0].jaxpr).count('optimization_barrier') == 2
   moved = jax.tree.map(

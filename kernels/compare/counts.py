@@ -10,6 +10,7 @@ BACKWARD = 2  # a backward pass is two products for each one of the forward
 SETS = 8  # of arguments, in a program that runs several times
 WRONG = 0.1  # relative error from which on a program is not timed
 MANY_BELOW_MS = 0.5
+MANY_SECONDS = 40.0  # of compiling them at most: less than `run.PATIENCE`
 SAMPLE_MS = 20.0
 MOST_REPEATS = 200
 

@@ -44,7 +44,9 @@ class JaxProgram:
     """Compiles, compares and gets ready to be sampled; the figures of a row."""
     del seconds
     inputs, function = self.inputs(), self.function(direction)
+    start = time.monotonic()
     compiled = bench.trace(function, inputs, self.device).lower().compile()
+    compiling = time.monotonic() - start
     memory = compiled.memory_analysis()
     used = memory.temp_size_in_bytes + memory.output_size_in_bytes
     row = {'mib': used / 2**20}
@@ -63,7 +65,10 @@ class JaxProgram:
       functools.partial(self._time, call)
     )
     calls = 1
-    if self.device.platform != 'cpu' and milliseconds < counts.MANY_BELOW_MS:
+    expected = counts.SETS * compiling
+    if self._hides(milliseconds) and expected > counts.MANY_SECONDS:
+      row['note'] = f'called one by one: it compiles in {compiling:.0f} s'
+    elif self._hides(milliseconds):
       call, calls = self._many(function, inputs), counts.SETS
       milliseconds = counts.settled(functools.partial(self._time, call))
       milliseconds /= calls
@@ -75,6 +80,10 @@ class JaxProgram:
     """Milliseconds of a call."""
     call, repeats, calls = self._calls[direction]
     return self._time(call, repeats) / calls
+
+  def _hides(self, milliseconds):
+    """Whether a call may be shorter than what Python takes to issue it."""
+    return self.device.platform != 'cpu' and milliseconds < counts.MANY_BELOW_MS
 
   def _time(self, call, repeats):
     start = time.perf_counter()
