@@ -365,13 +365,16 @@ def test_wrong_arguments(monkeypatch, tmp_path, capsys):
     ('cpu', '--mamba_ssm needs a GPU, and JAX has found none'),
   ],
 )
-def test_devices_that_cannot(monkeypatch, platform, message):
+def test_devices_that_cannot(monkeypatch, tmp_path, platform, message):
   monkeypatch.setattr(run, 'Worker', Local)
   monkeypatch.setattr(
     jax_programs.JaxProgram, 'about', lambda self: {'platform': platform}
   )
   monkeypatch.setattr(mamba, 'find', lambda folder: (folder, '2.2.5'))
-  monkeypatch.setattr(sys, 'argv', ['bench.py', '--all', '--mamba_ssm=there'])
+  where = f'--out={tmp_path}/bench.json', f'--docs={tmp_path}/page.md'
+  monkeypatch.setattr(
+    sys, 'argv', ['bench.py', '--all', '--mamba_ssm=there', *where]
+  )
   with pytest.raises(SystemExit, match=message):
     bench.main()
 
