@@ -11,13 +11,14 @@ flash attention; files are written after each shape (kernels/compare). The rest
 is without it.
 
 The programs of one shape run in turns, so that a busy machine slows all of
-them; times are medians. Peak memory is XLA's temporary bytes, and FLOPs and
-bytes are its cost analysis, which counts the body of a loop once and of a
-Pallas kernel what that declares. With --chip nothing runs: the programs are
-compiled by libtpu for a chip that is not there, and have no times; --bundles
-adds the exact length of the schedule of every Pallas kernel. On a TPU the
-compiler chooses the layout of arguments and results, as it does for a scan in
-the middle of a model.
+them; times are medians of calls from Python that wait for the result: on an
+accelerator that wait is part of them, and most of a short one (--all hides it).
+Peak memory is XLA's temporary bytes, and FLOPs and bytes are its cost analysis,
+which counts the body of a loop once and of a Pallas kernel what that declares.
+With --chip nothing runs: the programs are compiled by libtpu for a chip that is
+not there, and have no times; --bundles adds the exact length of the schedule of
+every Pallas kernel. On a TPU the compiler chooses the layout of arguments and
+results, as it does for a scan in the middle of a model.
 """
 
 import argparse
@@ -337,7 +338,7 @@ def markdown(rows):
     ms = row['milliseconds']
     table.setdefault((row['shape'], row['implementation']), []).extend(
       [
-        '-' if ms is None else f'{ms:.1f}',
+        '-' if ms is None else f'{ms:.1f}' if ms >= 10 else f'{ms:.3g}',
         f'{row["temporary_mib"]:.0f}',
         f'{row["mib_accessed"]:.0f}',
       ]

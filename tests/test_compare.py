@@ -112,6 +112,13 @@ def test_samples_are_taken_in_turns():
 # --------------------------------------------------------------------- tables
 
 
+def test_short_times_keep_their_digits():
+  row = {'shape': 's', 'implementation': 'xla'}
+  row |= {'temporary_mib': 1, 'mib_accessed': 2}
+  text = bench.markdown([row | {'milliseconds': ms} for ms in (0.0512, 3174.1)])
+  assert '| s | xla | 0.0512 | 1 | 2 | 3174.1 | 1 | 2 |' in text
+
+
 def test_counts_of_a_shape():
   shape = SHAPES['base_224']
   forward = counts.bytes_moved('xla', shape, 'forward', 'bfloat16')
