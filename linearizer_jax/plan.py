@@ -55,19 +55,24 @@ def plan(config, topology, out=None):
   """
   chip, devices = _slice(topology)
   config = ml_collections.ConfigDict(config)
-  each = config.batch_size // len(devices)
-  if each * len(devices) != config.batch_size or not each:
+  unit = config.parallel.accumulate_steps  # a chip's batches are multiples
+  parts = len(devices) * unit
+  if unit < 1 or config.batch_size % parts or config.batch_size < parts:
     raise ValueError(
-      f'config.batch_size is {config.batch_size}; it must be a multiple of the '
-      f'{len(devices)} chips of {topology}.'
+      f'config.batch_size is {config.batch_size}; it must be a multiple of '
+      f'{parts} = {len(devices)} chips of {topology} x {unit} '
+      'config.parallel.accumulate_steps (at least 1).'
     )
-  measured = {}
+  each = config.batch_size // parts
+  measured = {}  # by images a chip in each part of a batch
 
   def measure(*batches):
     """Side by side: XLA compiles mostly on one core."""
     new = [n for n in batches if n and n not in measured]
     with futures.ThreadPoolExecutor() as pool:
-      found = pool.map(lambda n: _compile(config, devices, n, chip.memory), new)
+      found = pool.map(
+        lambda n: _compile(config, devices, n * unit, chip.memory), new
+      )
       measured.update(zip(new, found, strict=True))
 
   batch = each
@@ -87,12 +92,12 @@ def plan(config, topology, out=None):
     while not measured[most]:
       most = batch + (most - batch) // 2
       measure(most)
-  result = _figures(config, measured[batch], chip, batch * len(devices))
+  result = _figures(config, measured[batch], chip, batch * parts)
   result |= {
     'topology': topology,
-    'batch_per_chip': batch,
+    'batch_per_chip': batch * unit,
     'configured_batch_fits': batch == each,
-    'max_batch_per_chip': most,
+    'max_batch_per_chip': most * unit,
   }
   print(_table(result))
   if out:

@@ -69,6 +69,18 @@ def test_a_batch_that_does_not_fit_is_halved(compiler, capsys):
   assert 'does not fit' in capsys.readouterr().out
 
 
+def test_batches_can_be_split_into_the_steps_that_are_added_up(compiler):
+  config = stage(batch_size=64)
+  config['parallel']['accumulate_steps'] = 4
+  result = plan.plan(config, 'v5e:2x2')
+  assert sorted(compiler) == [8, 16, 28]
+  assert result['batch_per_chip'] == 16
+  assert result['max_batch_per_chip'] == 28
+  assert result['images_per_second'] == pytest.approx(200)
+  with pytest.raises(ValueError, match=r'is 24; .* 16 = 4 chips of v5e:2x2 x'):
+    plan.plan(config | {'batch_size': 24}, 'v5e:2x2')
+
+
 def test_only_what_crosses_the_memory_bus_bounds_a_step():
   chip = chips.Chip(flops=1e14, bandwidth=1e11, memory=1000)
   compiled = 500, 1e12, 9e9, {('a', 'forward'): 2e9, ('a', 'backward'): 1e9}
