@@ -147,14 +147,16 @@ def run_stages():
 
 
 def parse_flags(argv):
-  """As absl does, but what `explain` knows ends in its line."""
+  """As absl does, but what is wrong ends in one line, `explain`'s if it can."""
   try:
     rest = flags.FLAGS(argv)
     _ = flags.FLAGS.config.stages  # a file that is not there is missed here
     return rest
-  except (AttributeError, KeyError, OSError, flags.Error):
+  except flags.Error as error:
     explain(argv)
-    app.parse_flags_with_usage(argv)
+    sys.exit(f'main.py: {error}')
+  except (AttributeError, KeyError, OSError):
+    explain(argv)
     raise
 
 

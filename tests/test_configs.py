@@ -186,6 +186,14 @@ def test_a_mistyped_field_or_file_is_said_in_one_line(flag, said):
   assert done.stderr.count('\n') == 1
 
 
+def test_a_value_that_is_no_number_is_said_in_one_line():
+  """Beside another field, of which absl would complain."""
+  done = run('main.py', '--config.data.data_dir=x', '--config.batch_size=ten')
+  assert done.returncode == 1
+  assert done.stderr.startswith('main.py: flag --config.batch_size=ten: ')
+  assert done.stderr.count('\n') == 1
+
+
 def run(*words):
   """Python on these words, in the folder of main.py."""
   return subprocess.run(
