@@ -226,6 +226,12 @@ def test_check_of_published_weights(name, reference, monkeypatch, capsys):
     check.check(str(folder))
 
 
+@pytest.mark.parametrize('name', ['nope', 'vit_tiny_patch8'])
+def test_check_needs_a_row_with_published_weights(name):
+  with pytest.raises(ValueError, match=f"no weights of '{name}' are published"):
+    check.check('FOLDER', name=name)
+
+
 def test_map_statistics():
   rng = np.random.default_rng(0)
   tokens = rng.standard_normal((2, 9, 16)) + 1.0

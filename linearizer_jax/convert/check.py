@@ -39,6 +39,12 @@ def check(teacher, *, name=None, steps=3, batch_size=4):
     FileNotFoundError: nothing there, or no network.
   """
   name = name or _row_of(teacher)
+  published = [key for key, row in TEACHERS.items() if row.family]
+  if name not in published:
+    raise ValueError(
+      f'no weights of {name!r} are published; expected one of '
+      f'{", ".join(published)}.'
+    )
   row = TEACHERS[name]
   path = weights.find_weights(row.source if teacher == name else teacher)
   model, variables, _ = load.load_teacher(name, path)

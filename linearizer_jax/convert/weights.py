@@ -62,8 +62,9 @@ def load_weights(source, family, shapes, *, archive=None, fields=None):
     if fields.get(name, value) != value:
       raise ValueError(
         f'the config beside {path} asks for {name} {value!r}, the model has '
-        f'{fields[name]!r} and would compute something else. Set its field '
-        f'{name}={value!r}, or choose the teacher these weights are of.'
+        f'{fields[name]!r} and would compute something else. Set '
+        'config.teacher.name to the row these weights are of or, where only '
+        'the heads differ, config.teacher.num_heads.'
       )
   tensors = read_tensors(path)
   return tables.from_state_dict(FAMILIES[family], tensors, shapes, path)
