@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 DEFAULT = 'configs/digits.py'  # of --config
+PACKAGE = os.path.join(os.path.dirname(__file__), 'linearizer_jax', '')
 
 
 def explain(argv):
@@ -68,8 +69,10 @@ def is_told(error):
   What Python or a library raises is a fault: its traceback is of use.
   """
   frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-  file, name = frame.f_code.co_filename, frame.f_globals['__name__']
+  file, name = frame.f_code.co_filename, frame.f_globals.get('__name__', '')
+  # What grain hands on of its workers' frames has a file, but no module.
   ours = name.split('.')[0] in ('linearizer_jax', 'configs')
+  ours = ours or file.startswith(PACKAGE)
   return ours and linecache.getline(file, line).lstrip().startswith('raise ')
 
 

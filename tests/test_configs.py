@@ -223,3 +223,25 @@ def told(function, argument):
 print(told(common.losses, 'x'), told(int, 'x'), told(common.smoke, 'x'))
 """
   assert run('-c', code).stdout == 'True False False\n'
+
+
+def test_what_a_worker_process_tells_is_told(tmp_path):
+  for split in ('train', 'val'):
+    (tmp_path / split / 'all').mkdir(parents=True)
+    (tmp_path / split / 'all' / 'broken.png').write_bytes(b'')
+  code = """
+import contextlib, sys
+import main
+from linearizer_jax.data import pipeline
+
+data = dict(name='folder', data_dir=sys.argv[1], image_size=8, num_workers=1)
+batches = pipeline.make_train_iterator(data, batch_size=1, seed=0)
+with contextlib.closing(batches):
+  try:
+    next(batches)
+  except ValueError as error:
+    print(main.is_told(error), error)
+"""
+  said = run('-c', code, str(tmp_path)).stdout
+  assert said.startswith(f'True Cannot decode the image {tmp_path}/train/all/')
+  assert 'data.max_broken' in said

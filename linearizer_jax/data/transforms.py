@@ -405,6 +405,7 @@ _RAND_AUGMENT = {
 def _broken(name, error):
   return (
     f'Cannot decode the image {name} ({error}). Replace it by a whole JPEG or '
-    'PNG, or remove it (which changes the order of the examples), and start '
-    'again; checkpoints written so far are kept.'
+    'PNG, remove it (which changes the order of the examples), or raise '
+    'data.max_broken to pass it over, and start again; checkpoints written so '
+    'far are kept.'
   )
