@@ -199,9 +199,15 @@ def load_network(config, source, role, shapes, workdir):
     FileNotFoundError: no such file, no network.
   """
   if source.startswith('stage:'):
-    params, info = checkpoint.load_params(
-      workdir, stage=source.removeprefix('stage:'), role=role
-    )
+    stage = source.removeprefix('stage:')
+    known = checkpoint.read_config(workdir)['stages']
+    if stage not in known:
+      raise ValueError(
+        f'{source!r} is no stage of {workdir}, which has {known}: add it to '
+        'config.stages, or set config.teacher.weights or config.init to the '
+        'work directory of a run that has it.'
+      )
+    params, info = checkpoint.load_params(workdir, stage=stage, role=role)
   elif source and any(pathlib.Path(source).glob('*/checkpoints')):
     params, info = checkpoint.load_params(source, role=role)
   else:

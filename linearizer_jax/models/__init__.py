@@ -132,5 +132,6 @@ def _find(name):
     if name in table:
       return module, table[name]
   raise ValueError(
-    f'there is no model {name!r}; known models: {", ".join(list_models())}.'
+    f'there is no model {name!r}; known models, for config.student.name and '
+    f'config.teacher.name: {", ".join(list_models())}.'
   )
