@@ -55,7 +55,10 @@ def write(config, workdir):
   figures.loss_curves(workdir, workdir / 'losses.png')
   if options['maps']:
     _draw_maps(config, workdir, dict(options['maps']), workdir / 'maps.png')
-  print(table(metric, summary, rows), contents(config, workdir), sep='\n\n')
+  shown = [contents(config, workdir)]
+  if len(summary) > 1:  # beside the seconds
+    shown.insert(0, table(metric, summary, rows))
+  print(*shown, sep='\n\n')
   return summary
 
 
@@ -97,7 +100,8 @@ def contents(config, workdir):
   }
   for stage in config['stages']:
     folder = checkpoint.stage_dir(workdir, stage) / 'checkpoints'
-    places[f'checkpoints, {stage}'] = folder
+    if any(folder.glob('*')):  # an evaluation saves none
+      places[f'checkpoints, {stage}'] = folder
   lines = [f'{k:30} {path}' for k, path in places.items() if path.exists()]
   if (workdir / 'tensorboard').is_dir():
     lines.append(f'{"curves":30} tensorboard --logdir={workdir}/tensorboard')

@@ -124,7 +124,9 @@ def test_a_run_without_a_checkpoint_says_so(student_run, tmp_path):
     with pytest.raises(ValueError, match='has no finished checkpoint yet'):
       linearizer_jax.load(tmp_path / 'new')
     (tmp_path / 'new' / path).mkdir(parents=True)
-  with pytest.raises(ValueError, match=r"'stage:nope' is no stage of .*finetune"):
+  with pytest.raises(
+    ValueError, match=r"'stage:nope' is no stage of .*finetune"
+  ):
     start.load_network({}, 'stage:nope', 'teacher', {}, tmp_path / 'new')
 
 

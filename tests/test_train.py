@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny import get_config
 
-from configs import digits
+from configs import common, digits
 from linearizer_jax import checkpoint, metrics, recorder, report, train
 from linearizer_jax.tasks import classify
 
@@ -243,6 +243,18 @@ def test_a_report_leaves_out_stages_that_did_not_run():
   assert [name for name, _ in options['maps']] == ['teacher', 'distilled']
   assert options['nearest_neighbour'] == ''
   assert report.reported(digits.get_config().to_dict())['nearest_neighbour']
+
+
+def test_a_report_of_features_alone_lists_what_is_there(tmp_path, capsys):
+  config = common.base().to_dict() | {'stages': ('evaluate',)}
+  (tmp_path / 'evaluate' / 'checkpoints').mkdir(parents=True)
+  (tmp_path / 'metrics.jsonl').touch()
+  result = {'knn_class': 35.0, 'seconds': 0}
+  checkpoint.write_json(tmp_path / 'evaluate' / 'result.json', result)
+  report.write(config, tmp_path)
+  printed = capsys.readouterr().out
+  assert printed.startswith('work directory')  # no table, which has no rows
+  assert 'checkpoints' not in printed
 
 
 def start(workdir, *flags):

@@ -201,7 +201,10 @@ class ViT(nn.Module):
         f'one of {ATTENTIONS}.'
       )
     if self.remat not in ('none', 'full'):
-      raise ValueError(f"remat is {self.remat!r}; expected 'none' or 'full'.")
+      raise ValueError(
+        f"remat is {self.remat!r}; expected 'none' or 'full'. Change "
+        'config.teacher.remat.'
+      )
     if self.width % self.num_heads:
       raise ValueError(
         f'width {self.width} cannot be split into {self.num_heads} heads; '
