@@ -217,6 +217,11 @@ def check_stage(config, devices=None):
   sharding.check_batch(mesh, config.eval_batch_size, field='eval_batch_size')
   if config.seed < 0:
     raise ValueError(f'config.seed is {config.seed}; expected at least 0.')
+  if len(config.log.profile_steps) != 2:
+    raise ValueError(
+      f'config.log.profile_steps is {config.log.profile_steps}; expected '
+      '(first update, how many).'
+    )
   data = config.data.to_dict()
   num_classes = pipeline.num_classes(data)
   if config.data.labels_per_class is not None:  # looks at every label

@@ -169,6 +169,22 @@ def test_images_are_normalised_as_the_weights_or_the_config_say():
 
 
 @pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('teacher.mean', (0.5,)),
+    ('student.dtype', 'float17'),
+    ('log.profile_steps', (5,)),
+  ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(field, value):
+  config = get_config('distill_base', 'smoke')
+  config.update_from_flattened_dict({field: value})
+  stage = checkpoint.resolve_stage(config.to_dict(), 'distill')
+  with pytest.raises(ValueError, match=rf'config\.{field}'):
+    train.check_stages([stage])
+
+
+@pytest.mark.parametrize(
   ('flag', 'said'),
   [
     ('--config.student.widht=64', 'Did you mean --config.student.width?'),

@@ -46,7 +46,13 @@ def create_model(name, **overrides):
   fields = {**fields, **overrides}
   for field, value in fields.items():
     if field in DTYPE_FIELDS and isinstance(value, str):
-      fields[field] = jnp.dtype(value)
+      try:
+        fields[field] = jnp.dtype(value)
+      except TypeError as error:
+        raise ValueError(
+          f'{field} is {value!r}; expected a type such as float32 or bfloat16: '
+          f'change config.student.{field} or config.teacher.{field}.'
+        ) from error
     if isinstance(value, list):  # configs read from JSON hold lists
       fields[field] = tuple(value)
   return module(**fields)
@@ -111,6 +117,12 @@ def from_config(config, role, *, mesh=None, batch_axes=None, **fields):
   name = section.pop('name')
   section.pop('weights', None)
   mean, std = section.pop('mean'), section.pop('std')
+  for field, value in (('mean', mean), ('std', std)):
+    if value is not None and len(value) != 3:
+      raise ValueError(
+        f'config.{role}.{field} is {value}; expected a number each for red, '
+        'green and blue.'
+      )
   decided = {key: value for key, value in section.items() if value is not None}
   fields = decided | fields
   row = teachers.TEACHERS.get(name)
