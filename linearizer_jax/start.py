@@ -95,6 +95,13 @@ def load_segment_head(params, source, workdir):
   if source.startswith('stage:'):
     stage, source = source.removeprefix('stage:'), workdir
   if any(pathlib.Path(source).glob('*/checkpoints')):
+    found = checkpoint.describe(source, stage=stage)
+    if found['config']['task'] != 'segment':
+      raise ValueError(
+        f'the stage {found["stage"]!r} of {source} is no segmentation, so it '
+        'has no head to evaluate: point config.init to a run whose config.task '
+        "is 'segment'."
+      )
     heads, info = checkpoint.load_params(source, stage=stage, role='heads')
     loaded = {'heads': heads, 'batch_stats': info['batch_stats'] or {}}
     made = _made_with(info['config'])

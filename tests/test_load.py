@@ -130,6 +130,12 @@ def test_a_run_without_a_checkpoint_says_so(student_run, tmp_path):
     start.load_network({}, 'stage:nope', 'teacher', {}, tmp_path / 'new')
 
 
+def test_a_segmentation_is_not_evaluated_without_its_head(student_run):
+  run, _, _ = student_run
+  with pytest.raises(ValueError, match=r"'finetune' of .* is no segmentation"):
+    start.load_segment_head({}, str(run), run)
+
+
 def test_training_starts_from_released_weights(student_run, tmp_path):
   """`config.init` takes an export; head and mask token start fresh."""
 
