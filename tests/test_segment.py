@@ -239,9 +239,10 @@ def test_another_head_is_refused_with_its_flags(
   data, said, tmp_path, monkeypatch
 ):
   """A number of classes that the data set knows is no flag to give."""
-  config = {'segment': tiny()['segment'], 'data': data}
+  config = {'task': 'segment', 'segment': tiny()['segment'], 'data': data}
   info = {'config': config, 'batch_stats': None}
   heads = {'classifier': np.zeros(3)}
+  monkeypatch.setattr(checkpoint, 'describe', lambda *_, **__: info)
   monkeypatch.setattr(checkpoint, 'load_params', lambda *_, **__: (heads, info))
   (tmp_path / 'stage/checkpoints').mkdir(parents=True)
   params = {'heads': {'classifier': np.zeros(5)}}
