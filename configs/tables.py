@@ -47,6 +47,12 @@ TABLES = {
   'mask_ratio': {
     f'masked_{round(100 * ratio)}': dict(distill=dict(mask_ratio=ratio))
     for ratio in (0.25, 0.5, 0.9)
+  }
+  | {  # each loss on its own, at the ratio that did best
+    f'masked_50_{row}': dict(
+      distill=LOSSES[row]['distill'] | {'mask_ratio': 0.5}
+    )
+    for row in ('prediction', 'matching')
   },
   'stages': {
     f'stages_{count}': dict(distill=dict(num_stages=count)) for count in (1, 2)
