@@ -3,11 +3,13 @@
 import importlib.util
 import json
 
+import jax
 import ml_collections
 import pytest
 
 from configs import distill_base
 from linearizer_jax import checkpoint, chips, plan, traffic
+from linearizer_jax.benchmark import distill
 
 KEYS = {
   'memory_bytes_per_chip',
@@ -145,6 +147,10 @@ def test_a_small_step_compiles(tmp_path):
   assert json.loads(out.read_text()) == result
   assert set(result) >= KEYS
   assert result['batch_per_chip'] == 2
+  # Products of a chip's two images; its kernels pad shapes so small.
+  network = distill.Case(distill_base.get_config('smoke'), jax.devices()[0])
+  method = 2e9 * network.row()['gflop_per_image']
+  assert method < result['flops'] < 3 * method
   # Parameters and two moments, float32, and more.
   assert result['memory_bytes_per_chip'] > 3 * 4 * 50_000
   assert result['max_batch_per_chip'] > 2
